@@ -1,0 +1,73 @@
+"""Acceptance rules: which path of a draft the target takes, and the token it adds.
+
+A rule is a function of the target's logits and the draft with its tree. It does the one synchronisation with
+the host of a decoding step. The prefill is to it a draft that is nothing but a root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from eval.decoding.tree import Draft
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verification decided, per row of the batch.
+
+    Attributes:
+        draft: what was verified.
+        path: accepted nodes, the root first. Empty for a row that had already ended.
+        tokens: the tokens won: those of the accepted drafts, then the target's own (the bonus).
+        drafted: how many drafts were up for acceptance.
+        logits: the target's logits of all nodes, [batch, n, vocab].
+        states: layer -> the states that left it, [batch, n, hidden], for the layers that the drafter needs.
+    """
+
+    draft: Draft
+    path: list[list[int]]
+    tokens: list[list[int]]
+    drafted: list[int]
+    logits: Tensor
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+
+Rule = Callable[[Tensor, Draft], Outcome]
+
+
+def greedy(logits: Tensor, draft: Draft) -> Outcome:
+    """Accept the longest path on which every token is the target's argmax after its parent.
+
+    Logits [batch, n, vocab]. The bonus is the argmax after the last accepted node.
+    """
+    best = logits.argmax(dim=-1)  # [batch, n]
+    proposed = torch.where(draft.valid & draft.candidate, draft.tokens, -1)  # no argmax equals -1
+    columns = [proposed, best] if draft.is_chain else [proposed, best, draft.parents]
+    host = torch.stack(columns, dim=1).tolist()  # the step's one synchronisation
+    chain = list(range(-1, draft.num_nodes - 1))
+    outcome = Outcome(draft, [], [], [], logits)
+    for tokens, choices, *rest in host:
+        path = longest_path(tokens, choices, rest[0] if rest else chain)
+        outcome.path.append(path)
+        outcome.tokens.append([choices[node] for node in path])  # a child's token is its parent's choice
+        outcome.drafted.append(sum(token >= 0 for token in tokens[1:]))
+    return outcome
+
+
+def longest_path(tokens: list[int], choices: list[int], parents: list[int]) -> list[int]:
+    """The longest path from node 0 on which each token is its parent's choice; the first of several."""
+    depth = [1] + [0] * (len(tokens) - 1)  # 0: not reached
+    for node in range(1, len(tokens)):
+        parent = parents[node]
+        if parent >= 0 and depth[parent] and tokens[node] == choices[parent]:
+            depth[node] = depth[parent] + 1
+    node = depth.index(max(depth))
+    path = [node]
+    while node != 0:
+        node = parents[node]
+        path.append(node)
+    return path[::-1]

@@ -1,0 +1,153 @@
+"""The contract of a drafter, and the state of a decode that it reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from eval.decoding.acceptance import Outcome
+from eval.decoding.cache import Cache, SlotView, SpanView
+from eval.decoding.tree import Draft, after_prefix, ancestor_mask, by_slot
+from layerskip_model.runner import Context, Runner
+
+Range = tuple[int, int | None]  # lowest and highest value of a setting; None: no upper limit
+
+
+class State:
+    """Where a decode stands: the cache, and per row of the batch the last token and what it may still emit.
+
+    A drafter reads it, makes contexts for its own passes with it, and never changes it.
+
+    Attributes:
+        last: the last emitted token, the root of the next draft, [batch, 1].
+        room: how many more tokens a row may emit.
+        finished: rows that have ended; they stay in the batch and nothing of theirs is kept.
+    """
+
+    def __init__(self, runner: Runner, batch: int, horizon: int, max_nodes: int) -> None:
+        """Make room for texts of `horizon` tokens, prompt included, and for `max_nodes` nodes after them."""
+        capacity = horizon + max_nodes
+        self.runner = runner
+        self.batch = batch
+        self.cache = Cache(batch, runner.num_layers, capacity)
+        self.tables = runner.tables(horizon, capacity)
+        self._row = torch.arange(batch, device=runner.device)[:, None]
+        self._nodes = torch.arange(-1, max_nodes, device=runner.device)[None]
+        self._true = torch.ones((1, max_nodes), dtype=torch.bool, device=runner.device)
+        self.begin_step([0] * batch, [1] * batch, [False] * batch)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens per row: those in the cache, the last token not among them."""
+        return self.cache.lengths
+
+    def begin_step(self, last: list[int], room: list[int], finished: list[bool]) -> None:
+        """Take over each row's last token, room and end, and bring them to the device in one transfer."""
+        columns = torch.tensor([last, self.lengths, room]).to(self.runner.device)[..., None]
+        self.last, self._length, self._room = columns  # [batch, 1] each
+        self.room = room
+        self.finished = finished
+        # All rows equally long (always so for one row): then slots are slices.
+        self._start = self.lengths[0] if len(set(self.lengths)) == 1 else None
+
+    def chain_length(self, wanted: int) -> int:
+        """How many drafts, at most `wanted`, the roomiest row can take beside the target's own token."""
+        return min(wanted, max(self._rooms()) - 1)
+
+    def chain(
+        self, tokens: Tensor, entry_layer: int = 0, hidden: Tensor | None = None, q: Tensor | None = None
+    ) -> Draft:
+        """The chain of these tokens [batch, n], the first of which is the root."""
+        n = tokens.shape[1]
+        shape = (self.batch, n)
+        true = self._true[:, :n].expand(shape)
+        position = self._length + self._nodes[:, 1 : n + 1]
+        return Draft(
+            tokens=tokens,
+            parents=self._nodes[:, :n].expand(shape),
+            position=position,
+            slot=position,
+            valid=true if min(self._rooms()) >= n else self._nodes[:, 1 : n + 1] < self._room,
+            candidate=true,
+            entry_layer=entry_layer,
+            hidden=hidden,
+            q=q,
+            is_chain=True,
+        )
+
+    def context(self, draft: Draft, first: int = 0, stop: int | None = None) -> Context:
+        """The context to run nodes first..stop-1 of a draft (all by default) through any layers.
+
+        What they see of the draft must have run through those layers already, or run with them.
+        """
+        stop = draft.num_nodes if stop is None else stop
+        if draft.is_chain:
+            return self.chain_context(first, stop - first)
+        visible = ancestor_mask(draft.parents) if draft.visible is None else draft.visible
+        visible = by_slot(visible[:, first:stop], draft.slot - self._length)
+        extent = max(self.lengths) + draft.num_nodes
+        key_position = self.tables.position[:, :extent].expand(self.batch, -1)
+        key_position = key_position.scatter(1, draft.slot, draft.position)
+        if self._start is not None:
+            seen = F.pad(visible, (self._start, 0), value=True)
+        else:
+            seen = after_prefix(visible, self._length, extent)
+        view = SlotView(self.cache, self._row, draft.slot[:, first:stop], extent)
+        return self.runner.context(view, self.tables, draft.position[:, first:stop], seen, key_position)
+
+    def chain_context(self, first: int, count: int) -> Context:
+        """The context of rows first..first+count-1 of a chain that begins after the committed prefix."""
+        if self._start is not None:
+            begin = self._start + first
+            span = SpanView(self.cache, begin, begin + count)
+            return self.runner.chain_context(span, self.tables, begin, count)
+        slot = self._length + self._nodes[:, first + 1 : first + count + 1]  # [batch, count]
+        extent = max(self.lengths) + first + count
+        key = self.tables.position[:, :extent]
+        view = SlotView(self.cache, self._row, slot, extent)
+        return self.runner.context(view, self.tables, slot, key[:, None] <= slot[..., None], key)
+
+    def _rooms(self) -> list[int]:
+        return [room for room, finished in zip(self.room, self.finished, strict=True) if not finished]
+
+
+class Drafter(ABC):
+    """A strategy: proposes a tree after each verification. One file each, one line in `strategies.py`.
+
+    Subclasses name a frozen dataclass `Settings`; `make_drafter` fills and checks it.
+
+    Attributes:
+        settings: what the strategy was asked for.
+        depth: the target is the model's first `depth` layers and its LM head.
+        needs: layers whose outgoing states are handed to `start` and `advance`. After a draft that entered in
+            mid-stack those below its entry layer are missing: the drafter made them itself.
+        max_nodes: the largest tree it proposes, the root included.
+    """
+
+    Settings: ClassVar[type[Any]]
+    needs: tuple[int, ...] = ()
+    max_nodes: int = 1
+
+    def __init__(self, runner: Runner, settings: Any) -> None:
+        self.runner = runner
+        self.settings = settings
+        self.depth = runner.num_layers
+
+    @classmethod
+    def ranges(cls, runner: Runner) -> dict[str, Range]:
+        """The valid range of each whole-number setting on this model."""
+        return {}
+
+    def start(self, state: State, prompts: list[list[int]], hidden: dict[int, Tensor]) -> None:  # noqa: B027
+        """After the prefill, with the states of the layers in `needs`, [batch, longest prompt, hidden]."""
+
+    @abstractmethod
+    def propose(self, state: State) -> Draft:
+        """The next draft. Must not wait for the device."""
+
+    def advance(self, outcome: Outcome) -> None:  # noqa: B027
+        """After a verification, whose accepted path is in the cache by now."""

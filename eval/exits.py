@@ -1,0 +1,107 @@
+"""The quality of every exit on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from eval.results import ExitQuality
+from layerskip_model.backbone import model_device
+from layerskip_model.early_exit import EarlyExitModel, ExitLoss, LossTerms
+from layerskip_model.errors import UserError
+from layerskip_model.jsonl import read_rows
+from layerskip_model.token_loss import IGNORE_INDEX
+
+
+@torch.no_grad()
+def measure_exits(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int, batch: int = 8
+) -> list[ExitQuality]:
+    """Cross entropy, bits per byte, top-1 accuracy and agreement with the last layer, exit by exit.
+
+    Every text begins after the beginning-of-text (else the end-of-text) token and is read in windows of
+    `length` tokens, each token predicted once. Bits per byte are over the texts' UTF-8 bytes.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    measured = EarlyExitModel(model, last_exit_only(num_layers), None).eval()
+    try:
+        windows = list(_windows(tokenizer, texts, length))
+        if not windows:
+            raise UserError("the held-out text has no tokens; give a file with some text")
+        device = model_device(model)
+        totals: dict[int, list[float]] = {e: [0.0, 0.0, 0.0] for e in range(1, num_layers + 1)}
+        tokens = 0
+        batches = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+        for rows in track(batches, "measuring exits", transient=True, disable=len(batches) < 20):
+            inputs, labels = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
+            terms = measured(inputs, labels, list(range(len(rows))), 0)
+            tokens += _add(totals, terms)
+    finally:
+        measured.backbone.release_layers()
+    num_bytes = sum(len(text.encode()) for text in texts)
+    return [
+        ExitQuality(
+            layer=exit_layer,
+            cross_entropy=nats / tokens,
+            bits_per_byte=nats / math.log(2.0) / num_bytes,
+            top1=correct / tokens,
+            agreement=agreeing / tokens,
+            tokens=tokens,
+        )
+        for exit_layer, (nats, correct, agreeing) in totals.items()
+    ]
+
+
+def last_exit_only(num_layers: int) -> ExitLoss:
+    """Plain training: the last layer alone has a loss."""
+    return ExitLoss(num_layers, 1, exits=[], weights="uniform", e_scale=1.0, curriculum="none", every=1)
+
+
+def heldout_texts(path: Path) -> list[str]:
+    """Whole documents from rows of `prompt`, `response` and `document`; rows of one document follow each other.
+
+    Rows with `text`, or without `document`, are documents of their own. Raises UserError for a file with no text.
+    """
+    rows = [(number, row) for number, row in read_rows(path)]
+    documents = groupby(rows, key=lambda item: item[1].get("document", item[0]))
+    texts = ["".join(_text(row) for _, row in group) for _, group in documents]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise UserError(f"{path}: has no rows with text, or with prompt and response")
+    return texts
+
+
+def _text(row: dict[str, object]) -> str:
+    parts = [row.get(name) for name in ("text", "prompt", "response")]
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], length: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Inputs and labels of `length` tokens, the last of a text filled up with labels that don't count."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        stream = [begin, *ids]
+        for start in range(0, len(stream) - 1, length):
+            inputs = stream[start : start + length]
+            labels = stream[start + 1 : start + length + 1]
+            inputs = inputs[: len(labels)]
+            missing = length - len(labels)
+            yield inputs + [begin] * missing, labels + [IGNORE_INDEX] * missing
+
+
+def _add(totals: dict[int, list[float]], terms: LossTerms) -> int:
+    for exit_layer, nats in terms.cross_entropy.items():
+        total = totals[exit_layer]
+        total[0] += float(nats)
+        total[1] += float(terms.correct[exit_layer])
+        total[2] += float(terms.agreement[exit_layer])
+    assert terms.tokens is not None
+    return int(terms.tokens)

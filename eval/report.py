@@ -1,0 +1,101 @@
+"""Writes an evaluation down: report.json for programs, report.md and report.html for people, and tables."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment as Templates
+from jinja2 import PackageLoader, StrictUndefined
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from eval.columns import EXIT_COLUMNS, STRATEGY_COLUMNS, Column, strategy_rows
+from eval.plots import plot_exits, to_svg
+from eval.results import ExitQuality, Report
+from eval.sections import headline, sections
+from layerskip_model.errors import UserError
+
+__all__ = ["exits_table", "plot_exits", "strategy_table", "write_report"]
+
+
+def write_report(report: Report, output_dir: Path) -> None:
+    """Writes report.json, report.md and report.html into `output_dir`, which is made where missing.
+
+    The HTML needs no other file and no network. Everything is rendered before anything is written, and each
+    file appears whole or not at all. Raises UserError where `output_dir` cannot be a directory.
+    """
+    files = {
+        "report.json": json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
+        "report.md": _render("report.md.j2", report),
+        "report.html": _render("report.html.j2", report),
+    }
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the output directory {output_dir} ({error.strerror}): name another"
+        ) from error
+    for name, text in files.items():
+        _write_whole(output_dir / name, text)
+
+
+def strategy_table(report: Report) -> Table:
+    """The strategies for the terminal, the report's own columns; what must not be missed is the caption."""
+    table = _rich_table("Strategies", STRATEGY_COLUMNS, strategy_rows(report))
+    table.caption = Text("\n".join(headline(report)), justify="left")
+    return table
+
+
+def exits_table(exits: Sequence[ExitQuality]) -> Table:
+    """The quality of every exit for the terminal, shallowest first."""
+    return _rich_table("Exits", EXIT_COLUMNS, sorted(exits, key=lambda e: e.layer))
+
+
+def _rich_table(title: str, columns: Sequence[Column], rows: Sequence[Any]) -> Table:
+    """Only the first column gives way on a narrow terminal, so that no number is ever cut."""
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=0)
+    shown = [column for column in columns if column.short != ""]
+    table.add_column(shown[0].title, overflow="fold", min_width=12)
+    for column in shown[1:]:
+        table.add_column(column.short or column.title, justify="right", no_wrap=True)
+    for row in rows:
+        first, *numbers = (column.cell(row) for column in shown)
+        # Text: a "[" is no markup. An interval goes below its value.
+        table.add_row(Text(first), *(Text(cell.replace(" [", "\n[")) for cell in numbers))
+    return table
+
+
+def _render(template: str, report: Report) -> str:
+    templates = Templates(
+        loader=PackageLoader("eval"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters["svg"] = to_svg
+    templates.filters["markdown"] = _markdown
+    return templates.get_template(template).render(
+        report=report, headline=headline(report), sections=sections(report)
+    )
+
+
+def _markdown(text: str) -> str:
+    """Text that stands for itself in a Markdown table cell."""
+    for special in ("\\", "|", "*", "`"):
+        text = text.replace(special, "\\" + special)
+    return " ".join(text.replace("](", "]\\(").replace("<", "&lt;").split())
+
+
+def _write_whole(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

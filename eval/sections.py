@@ -1,0 +1,240 @@
+"""What a report says, section by section, before it becomes Markdown, HTML or a terminal table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from eval.columns import (
+    EXIT_COLUMNS,
+    NONE,
+    STRATEGY_COLUMNS,
+    Column,
+    number,
+    strategy_rows,
+    titled,
+    value_text,
+)
+from eval.plots import accepted_lengths_figure, exits_figure, marked, speed_figure, training_figure
+from eval.results import ExitQuality, PromptResult, Report, StrategyResult
+
+DIFFERENCES_SHOWN = 10  # for each strategy; report.json has all
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with notes, a table (where there are columns) and figures with what they show."""
+
+    title: str
+    columns: Sequence[Column] = ()
+    rows: Sequence[Any] = ()
+    notes: Sequence[str] = ()
+    figures: Sequence[tuple[str, Figure]] = ()
+
+    def cells(self) -> list[list[str]]:
+        return [[column.cell(row) for column in self.columns] for row in self.rows]
+
+
+def headline(report: Report) -> list[str]:
+    """The report in a few lines: the fastest honest strategy, outputs that differ, prompts that failed."""
+    lines = []
+    honest = [s for s in report.strategies if s.lossless and not _differing(s, "bug")]
+    ranked = [(s.speedup_median.value, s, s.speedup_median) for s in honest if s.speedup_median]
+    if ranked:
+        _, best, speedup = max(ranked, key=itemgetter(0))
+        verdict = "" if speedup.low > 1 else ", which shows no speedup"
+        lines.append(
+            f"Fastest lossless strategy: {titled(best)}:"
+            f" {speedup.value:.2f} times the baseline's tokens per second"
+            f" (95 % interval {speedup.low:.2f} to {speedup.high:.2f}){verdict}."
+        )
+    for strategy in report.strategies:
+        if strategy.lossless:
+            bugs, unknown = len(_differing(strategy, "bug")), len(_differing(strategy, "unknown"))
+            if bugs:
+                lines.append(
+                    f"{strategy.label}: {bugs} outputs differ from the baseline beyond rounding: a bug."
+                )
+            if unknown:
+                lines.append(
+                    f"{strategy.label}: {unknown} outputs differ from the baseline, cause not examined."
+                )
+        if strategy.failed:
+            total = len(strategy.prompts)
+            lines.append(f"{marked(strategy)}: {strategy.failed} of {total} prompts failed.")
+    return lines
+
+
+def _differing(strategy: StrategyResult, verdict: str | None = None) -> list[PromptResult]:
+    different = [p for p in strategy.prompts if p.tokens_equal is False]
+    return different if verdict is None else [p for p in different if _verdict(p) == verdict]
+
+
+def _verdict(prompt: PromptResult) -> str:
+    return prompt.difference.verdict if prompt.difference else "unknown"
+
+
+def sections(report: Report) -> list[Section]:
+    """The sections that the report has data for, in reading order."""
+    found = [
+        _strategies(report),
+        _acceptance(report.strategies),
+        _differences(report.strategies),
+        _failures(report.strategies),
+        _exits(report.exits or []),
+        _training(report),
+        _settings_used(report),
+        _environment(report),
+    ]
+    return [section for section in found if section is not None]
+
+
+def _strategies(report: Report) -> Section | None:
+    if not report.strategies:
+        return None
+    figures = []
+    if any(s.tokens_per_second for s in report.strategies):
+        figures.append(("Tokens per second and speedup of each strategy", speed_figure(report.strategies)))
+    drafting = [s for s in report.strategies if any(p.drafted and p.accepted_lengths for p in s.prompts)]
+    if drafting:
+        figures.append(("Tokens gained per target forward, by strategy", accepted_lengths_figure(drafting)))
+    notes = [
+        "Brackets hold a 95 % bootstrap interval over prompts. A dash means not measured or not defined."
+    ]
+    if not all(s.lossless for s in report.strategies):
+        notes.append(
+            "A strategy marked (not lossless) may change the output; its speed is not comparable as such."
+        )
+    return Section("Strategies", STRATEGY_COLUMNS, strategy_rows(report), notes, figures)
+
+
+def _acceptance(strategies: Sequence[StrategyResult]) -> Section | None:
+    rows = [s for s in strategies if s.acceptance_at]
+    if not rows:
+        return None
+    depth = max(len(s.acceptance_at) for s in rows)
+    columns = [Column("Strategy", "", titled)]
+    columns += [Column(str(i + 1), "", _acceptance_cell(i)) for i in range(depth)]
+    note = "Of the proposals that reached a position, the share accepted there."
+    return Section("Acceptance at each draft position", columns, rows, [note])
+
+
+def _acceptance_cell(i: int) -> Callable[[StrategyResult], str]:
+    return lambda s: number(s.acceptance_at[i]) if i < len(s.acceptance_at) else NONE
+
+
+def _differences(strategies: Sequence[StrategyResult]) -> Section | None:
+    rows, hidden = [], 0
+    for strategy in strategies:
+        different = sorted(_differing(strategy), key=lambda p: ("bug", "unknown", "tie").index(_verdict(p)))
+        rows += [(strategy, prompt) for prompt in different[:DIFFERENCES_SHOWN]]
+        hidden += max(0, len(different) - DIFFERENCES_SHOWN)
+    if not rows:
+        return None
+    columns = [
+        Column("Strategy", "", lambda row: titled(row[0])),
+        Column("Prompt", "The prompt's index.", lambda row: str(row[1].index)),
+        Column("Position", "The first new token that differs, from 0.", _difference_cell("position")),
+        Column(
+            "Expected",
+            "The baseline's token id there; a dash where it had ended.",
+            _difference_cell("expected"),
+        ),
+        Column("Got", "The strategy's token id there; a dash where it had ended.", _difference_cell("got")),
+        Column("Gap", "Between the target's top two logits there.", _gap),
+        Column(
+            "Verdict",
+            "tie: within the rounding of the dtype. bug: beyond it. unknown: not examined.",
+            lambda row: _verdict(row[1]) if row[0].lossless else "allowed (not lossless)",
+            text=True,
+        ),
+    ]
+    notes = [f"{hidden} more are in report.json."] if hidden else []
+    return Section("Outputs that differ from the baseline", columns, rows, notes)
+
+
+Differing = tuple[StrategyResult, PromptResult]
+
+
+def _difference_cell(field: str) -> Callable[[Differing], str]:
+    def cell(row: Differing) -> str:
+        value = getattr(row[1].difference, field, None)
+        return NONE if value is None else str(value)
+
+    return cell
+
+
+def _gap(row: Differing) -> str:
+    return number(row[1].difference.gap if row[1].difference else None, ".2e")
+
+
+def _failures(strategies: Sequence[StrategyResult]) -> Section | None:
+    rows = [(s, p) for s in strategies for p in s.prompts if p.status == "failed"]
+    if not rows:
+        return None
+    columns = [
+        Column("Strategy", "", lambda row: titled(row[0])),
+        Column("Prompt", "", lambda row: str(row[1].index)),
+        Column("Error", "", lambda row: row[1].error, text=True),
+    ]
+    note = (
+        "A failed prompt has no numbers; where it failed in one of two strategies, their ratio leaves it out."
+    )
+    return Section("Failed prompts", columns, rows, [note])
+
+
+def _exits(exits: Sequence[ExitQuality]) -> Section | None:
+    if not exits:
+        return None
+    figure = ("Cross entropy and agreement of each exit", exits_figure(exits))
+    return Section("Exits", EXIT_COLUMNS, sorted(exits, key=lambda e: e.layer), figures=[figure])
+
+
+def _training(report: Report) -> Section | None:
+    points = report.training
+    if not points:
+        return None
+    last = points[-1]
+    note = f"Loss {last.loss:.3f} at step {last.step:,}, after {last.tokens:,} tokens."
+    measured = [p.heldout for p in points if p.heldout]
+    layers = sorted({layer for heldout in measured for layer in heldout})
+    rows = [(layer, [heldout[layer] for heldout in measured if layer in heldout]) for layer in layers]
+    columns = [
+        Column("Exit layer", "", lambda row: str(row[0])),
+        Column(
+            "First",
+            "Held-out cross entropy at its first measurement, nats per token.",
+            lambda row: number(row[1][0], ".3f"),
+        ),
+        Column("Last", "The same at the last measurement.", lambda row: number(row[1][-1], ".3f")),
+    ]
+    figure = ("Training loss and held-out cross entropy over steps", training_figure(points))
+    return Section("Training", columns if rows else (), rows, [note], [figure])
+
+
+def _settings_used(report: Report) -> Section | None:
+    rows = [(key, value_text(value)) for key, value in report.settings.items()]
+    for strategy in report.strategies:
+        parts = [f"{key}={value_text(value)}" for key, value in strategy.settings.items()]
+        if strategy.verify_cost is not None:
+            parts.append(f"measured verify cost {strategy.verify_cost:.3f}")
+        rows.append((f"{marked(strategy)} ({strategy.name})", ", ".join(parts) or NONE))
+    return _pairs("Settings", rows) if rows else None
+
+
+def _environment(report: Report) -> Section:
+    rows = []
+    for key, value in report.environment.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {version}" for name, version in value.items())
+        rows.append((key.replace("_", " "), NONE if value is None else str(value)))
+    return _pairs("Environment", rows)
+
+
+def _pairs(title: str, rows: Sequence[tuple[str, str]]) -> Section:
+    columns = [Column("Name", "", itemgetter(0)), Column("Value", "", itemgetter(1), text=True)]
+    return Section(title, columns, rows)

@@ -1,0 +1,184 @@
+"""The early-exit loss and its curricula (arXiv 2404.16710, section 4.2), as one module.
+
+Layers are numbered l = 0..L-1 as in the paper's equations. An exit is named by E = l + 1, the number of layers
+that run before it, as everywhere else in this project; E = L is the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layerskip_model.backbone import Around, Backbone, LayerCall
+from layerskip_model.layer_dropout import LayerDropout, run_kept_rows
+from layerskip_model.token_loss import IGNORE_INDEX, cross_entropy_sum, predictions
+
+WEIGHTS: dict[str, Callable[[int], float]] = {
+    "uniform": lambda layer: 1.0,
+    "linear": lambda layer: layer + 1.0,
+    "sqrt": lambda layer: math.sqrt(layer + 1.0),
+    "inverse": lambda layer: 1.0 / (layer + 1.0),
+    "inverse_sqrt": lambda layer: 1.0 / math.sqrt(layer + 1.0),
+}
+"""Weights of an exit by its layer l, for use instead of the paper's ("sum")."""
+
+
+@dataclass(frozen=True)
+class ExitLoss:
+    """The weights e~(t, l) of the early-exit loss: a pure function of the optimizer step.
+
+    Attributes:
+        num_layers, total_steps: L and T.
+        exits: the exits E that may have a loss of their own; the last layer always has one.
+        weights: "sum" (the paper's e(l)), a name in WEIGHTS, or one number an exit: its share of the whole
+            loss while every exit is on, the last layer getting the rest.
+        e_scale: 0..1, used by "sum".
+        curriculum: "rotational", "gradual" or "none".
+        every: R of the rotational curriculum.
+    """
+
+    num_layers: int
+    total_steps: int
+    exits: Sequence[int]
+    weights: str | Sequence[float]
+    e_scale: float
+    curriculum: str
+    every: int
+
+    def scale(self, layer: int) -> float:
+        """e(l), before normalisation."""
+        last = self.num_layers - 1
+        if not isinstance(self.weights, str):
+            if layer == last:
+                return 1.0 - sum(self.weights)
+            return self.weights[list(self.exits).index(layer + 1)]
+        if self.weights == "sum":
+            if layer == last:
+                return last + self.e_scale * (last - 1) * last / 2
+            return self.e_scale * layer * (layer + 1) / 2
+        return WEIGHTS[self.weights](layer)
+
+    def is_on(self, layer: int, step: int) -> bool:
+        """C(t, l)."""
+        last = self.num_layers - 1
+        if layer == last:
+            return True
+        if layer + 1 not in self.exits:
+            return False
+        if self.curriculum == "rotational":
+            return (layer - step) % self.every == 0
+        if self.curriculum == "gradual":
+            return step >= (last - layer) * self.total_steps / (2 * self.num_layers)
+        return True
+
+    def at(self, step: int) -> dict[int, float]:
+        """e~(t, l) by exit E, normalised to sum to one; exits whose weight is zero are left out."""
+        raw = {layer + 1: self.scale(layer) for layer in range(self.num_layers) if self.is_on(layer, step)}
+        total = sum(raw.values())
+        return {exit_layer: weight / total for exit_layer, weight in raw.items() if weight > 0.0}
+
+
+@dataclass
+class LossTerms:
+    """What one forward leaves: per exit E the summed cross entropy (float32 scalar) and its weight e~(t, l).
+
+    In evaluation instead of the weights the number of tokens that count, and of those with the right top-1
+    prediction and with the last layer's.
+    """
+
+    cross_entropy: dict[int, Tensor] = field(default_factory=dict)
+    weights: dict[int, float] = field(default_factory=dict)
+    correct: dict[int, Tensor] = field(default_factory=dict)
+    agreement: dict[int, Tensor] = field(default_factory=dict)
+    tokens: Tensor | None = None
+
+    def weighted_sum(self) -> Tensor:
+        """J(t) times the number of tokens: sum_l e~(t, l) CE_l."""
+        return torch.stack([self.weights[e] * ce for e, ce in self.cross_entropy.items()]).sum()
+
+
+class EarlyExitModel(nn.Module):
+    """A language model trained to exit early: layer dropout inside, one shared LM head at every exit.
+
+    In training mode `forward` drops layers and computes the exits that the curriculum has on; in evaluation
+    mode nothing is dropped and every exit is measured. The model itself stays a plain transformers model.
+    """
+
+    def __init__(self, model: PreTrainedModel, exit_loss: ExitLoss, dropout: LayerDropout | None) -> None:
+        super().__init__()
+        self.model = model
+        self.exit_loss = exit_loss
+        self.dropout = dropout
+        self.backbone = Backbone(model)
+        self._keep: np.ndarray | None = None  # [layers, batch], of the forward in progress
+        self._wanted: frozenset[int] = frozenset()
+        self._states: dict[int, Tensor] = {}  # exit E -> [batch, seq, hidden]
+        self.backbone.intercept_layers(self._around)
+
+    def _around(self, index: int, call: LayerCall) -> Around:
+        def layer(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if self.training and self._keep is not None:
+                hidden = run_kept_rows(call, self._keep[index], hidden, *args, **kwargs)
+            else:
+                hidden = call(hidden, *args, **kwargs)
+            if index + 1 in self._wanted:
+                self._states[index + 1] = hidden
+            return hidden
+
+        return layer
+
+    def forward(self, input_ids: Tensor, labels: Tensor, rows: Sequence[int], step: int) -> LossTerms:
+        """The loss terms of one micro-batch.
+
+        `input_ids`, `labels` [batch, seq], labels already shifted, IGNORE_INDEX where there is none; `rows`
+        the samples' indexes in the global batch; `step` the optimizer step.
+        """
+        last = self.backbone.num_layers
+        weights = self.exit_loss.at(step) if self.training else dict.fromkeys(range(1, last + 1), 0.0)
+        self._keep = self.dropout.kept(step, rows) if self.training and self.dropout else None
+        self._wanted = frozenset(weights) - {last}
+        try:
+            final = self.backbone.final_states(input_ids)  # [batch, seq, hidden]
+            states = self._states | {last: final}
+        finally:
+            self._wanted, self._states = frozenset(), {}
+        if self.training:
+            return self._losses(states, labels, weights)
+        return self._measurements(states, labels)
+
+    def _normed(self, states: dict[int, Tensor], exit_layer: int) -> Tensor:
+        """g without its head: [batch * seq, hidden]. The model's own forward has normed the last already."""
+        state = states[exit_layer]
+        normed = state if exit_layer == self.backbone.num_layers else self.backbone.norm(state)
+        return normed.flatten(0, 1)
+
+    def _losses(self, states: dict[int, Tensor], labels: Tensor, weights: dict[int, float]) -> LossTerms:
+        flat = labels.flatten()
+        terms = LossTerms(weights=weights)
+        for exit_layer in sorted(states):
+            terms.cross_entropy[exit_layer] = self.backbone.at_head(
+                self._normed(states, exit_layer), lambda hidden, head: cross_entropy_sum(hidden, flat, head)
+            )
+        return terms
+
+    def _measurements(self, states: dict[int, Tensor], labels: Tensor) -> LossTerms:
+        flat = labels.flatten()
+        counted = flat != IGNORE_INDEX
+        terms = LossTerms(tokens=counted.sum())
+        final: Tensor | None = None
+        for exit_layer in sorted(states, reverse=True):
+            nll, top = self.backbone.at_head(
+                self._normed(states, exit_layer), lambda hidden, head: predictions(hidden, flat, head)
+            )
+            final = top if final is None else final
+            terms.cross_entropy[exit_layer] = nll.sum()
+            terms.correct[exit_layer] = ((top == flat) & counted).sum()
+            terms.agreement[exit_layer] = ((top == final) & counted).sum()
+        return terms

@@ -1,0 +1,117 @@
+"""Layer dropout: p_{l,t} = S(t) D(l) p_max and the per-sample skip (arXiv 2404.16710, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "exp": lambda x: math.exp(x * math.log(2.0)) - 1.0,  # D(l) and S(t) of the paper
+    "linear": lambda x: x,
+    "log": lambda x: math.log2(1.0 + x),
+    "sine": lambda x: math.sin(0.5 * math.pi * x),
+    "sigmoid": lambda x: 1.0 / (1.0 + math.exp(-10.0 * (x - 0.5))),
+    "constant": lambda x: 1.0,
+}
+"""How a rate grows from 0 to 1 over the depth or over the run, as a function of the fraction done."""
+
+
+@dataclass(frozen=True)
+class LayerDropout:
+    """Which samples skip which layer at which optimizer step: a pure function, nothing to save.
+
+    Attributes:
+        p_max: the largest rate, reached at the last layer (and, unless S is constant, the last step).
+        over_depth, over_time: names in SHAPES for D(l) and S(t).
+        layers: Python slice syntax ("1::2") for the layers that may be dropped, or "all".
+        num_layers, total_steps: L and T.
+        seed: with the step, the global row and the layer it decides each sample.
+    """
+
+    p_max: float
+    over_depth: str
+    over_time: str
+    layers: str
+    num_layers: int
+    total_steps: int
+    seed: int
+
+    def rates(self, step: int) -> list[float]:
+        """p_{l,t} for every layer l at optimizer step t."""
+        over_time = SHAPES[self.over_time](step / max(self.total_steps - 1, 1))
+        droppable = set(layer_slice(self.layers, self.num_layers))
+        depth = max(self.num_layers - 1, 1)
+        return [
+            over_time * SHAPES[self.over_depth](layer / depth) * self.p_max if layer in droppable else 0.0
+            for layer in range(self.num_layers)
+        ]
+
+    def kept(self, step: int, rows: Sequence[int]) -> np.ndarray:
+        """Whether each sample runs each layer. Global row indexes [batch] -> bool [layers, batch].
+
+        The decision depends on (seed, step, row, layer) only, so it is the same however the global batch is
+        split over ranks and micro-batches, in a recomputed forward, and after a resume.
+        """
+        layers = np.arange(self.num_layers, dtype=np.uint64)[:, None]
+        draws = uniform_hash(self.seed, step, np.asarray(rows, dtype=np.uint64)[None, :], layers)
+        return draws >= np.asarray(self.rates(step))[:, None]
+
+
+def layer_slice(text: str, num_layers: int) -> range:
+    """The layers that "all" or slice syntax such as "1::2" names. Raises ValueError for anything else."""
+    if text == "all":
+        return range(num_layers)
+    parts = text.split(":")
+    if not 2 <= len(parts) <= 3:
+        raise ValueError(f"'{text}' is neither 'all' nor a slice such as '1::2'")
+    return range(num_layers)[slice(*(int(part) if part.strip() else None for part in parts))]
+
+
+def uniform_hash(seed: int, step: int, *keys: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1) that look random and depend on nothing but the arguments (SplitMix64 finaliser)."""
+    with np.errstate(over="ignore"):
+        state: np.ndarray = np.asarray(seed, dtype=np.uint64)
+        for key in (np.asarray(step, dtype=np.uint64), *keys):
+            state = (state ^ key) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return np.asarray((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def run_kept_rows(
+    call: Callable[..., Tensor], keep: np.ndarray, hidden: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """x + M f(x): run a layer on the kept samples only, the others pass unchanged.
+
+    `call` is the layer (residual included), `keep` bool [batch], `hidden` [batch, seq, hidden]. Masks and
+    positions with a batch dimension follow the samples. When no sample is kept the layer still runs on one,
+    times zero: every rank then calls every layer, and its collectives and gradient hooks match.
+    """
+    if keep.all():
+        return call(hidden, *args, **kwargs)
+    chosen = np.flatnonzero(keep)
+    index = torch.as_tensor(chosen if len(chosen) else np.zeros(1, dtype=np.int64), device=hidden.device)
+    args, kwargs = _take((args, kwargs), index, len(keep))
+    inputs = hidden.index_select(0, index)
+    outputs = call(inputs, *args, **kwargs)
+    if not len(chosen):
+        outputs = inputs + (outputs - inputs) * 0.0
+    return hidden.index_copy(0, index, outputs.to(hidden.dtype))
+
+
+def _take(value: Any, index: Tensor, batch: int) -> Any:
+    """The chosen samples of every tensor that has a batch dimension, inside tuples and dicts too."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, index) if value.dim() >= 2 and value.shape[0] == batch else value
+    if isinstance(value, tuple):
+        return tuple(_take(part, index, batch) for part in value)
+    if isinstance(value, dict):
+        return {key: _take(part, index, batch) for key, part in value.items()}
+    return value

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Train a small LayerSkip model on the Python standard library's own source, then decode with it self-speculatively.
+# Usage: bash scripts/quickstart.sh [--fresh]
+set -euo pipefail
+source "$(dirname "$0")/setup.sh"
+
+run=runs/quickstart/layerskip
+report=runs/quickstart/report
+fresh=()
+case "${1:-}" in
+    "") ;;
+    --fresh) fresh=(--fresh); rm -rf "$report" ;;
+    *) echo "error: unknown argument '$1'; the only one is --fresh" >&2; exit 2 ;;
+esac
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    -m train recipes/quickstart/layerskip.yaml "${fresh[@]}"
+if [ ! -f "$report/report.html" ]; then
+    python -m eval benchmark --run "$run" --output_dir "$report"
+else
+    echo "reusing $report; pass --fresh to start over" >&2
+fi
+cat "$report/table.txt"

@@ -1,0 +1,8 @@
+"""The methods a recipe can name under `objective: {kind: ...}`."""
+
+from __future__ import annotations
+
+from train.objectives.base import Objective
+from train.objectives.layerskip import LayerSkip
+
+OBJECTIVES: dict[str, type[Objective]] = {"layerskip": LayerSkip}
