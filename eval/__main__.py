@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from eval.command_line import output_directory, run_app
 from layerskip_model.errors import UserError
 
-app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
-)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 def _flag(name: str, text: str) -> Any:
@@ -53,16 +50,22 @@ def generate(
     attn_implementation: Attention = None,
 ) -> None:
     """Continue a prompt. autoregressive with an exit layer exits early, unverified."""
+    from eval.decoding.strategies import strategy_name
     from eval.generate import Generator, interact
     from eval.target import load_target
 
-    if int(os.environ.get("RANK", "0")) > 0:  # under torchrun one process answers
-        return
     if prompt == "":
         raise UserError("--prompt '': is empty; give some text to continue, or leave it out to type prompts")
+    strategy = strategy_name(generation_strategy)  # before a large model is loaded
     target = load_target(model, run, dtype=dtype, device=device, attn_implementation=attn_implementation)
-    settings = {"exit_layer": exit_layer, "num_speculations": num_speculations}
-    generator = Generator.make(target, generation_strategy, settings, max_steps, stop or [])
+    generator = Generator.make(
+        target,
+        strategy,
+        max_new_tokens=max_steps,
+        stop=stop or [],
+        exit_layer=exit_layer,
+        num_speculations=num_speculations,
+    )
     if prompt is None:
         interact(generator)
     else:
@@ -79,10 +82,12 @@ def benchmark(
     exit_layer: ExitLayer = None,
     num_speculations: NumSpeculations = None,
     dataset: Annotated[str, _flag("dataset", "a JSONL file with prompt or turns, or heldout")] = "heldout",
-    num_samples: Annotated[int, _flag("num_samples", "prompts")] = 32,
+    num_samples: Annotated[
+        int | None, _flag("num_samples", "prompts; default: 32, or all of a smaller file")
+    ] = None,
     max_steps: Annotated[int, _flag("max_steps", "new tokens a prompt")] = 128,
     output_dir: Annotated[
-        str | None, _flag("output_dir", "for report.json, report.md and report.html")
+        str | None, _flag("output_dir", "for report.json, report.md, report.html and table.txt")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -91,19 +96,19 @@ def benchmark(
     """Time strategies against plain decoding and prove their output equal. With --run nothing else is needed."""
     from rich.console import Console
 
-    from eval.benchmark import Request
-    from eval.benchmark import benchmark as measure
+    from eval.benchmark import Request, run_benchmark
     from eval.report import strategy_table, write_report
     from eval.target import load_target
 
-    place = output_directory(output_dir)
     names = [name.strip() for name in strategies.split(",") if name.strip()]
-    target = load_target(model, run, dtype=dtype, device=device, attn_implementation=attn_implementation)
-    report = measure(target, Request(names, exit_layer, num_speculations, dataset, num_samples, max_steps))
-    Console().print(strategy_table(report))
-    if place is not None:
-        write_report(report, place)
-        print(f"report: {place / 'report.html'}")
+    request = Request(names, exit_layer, num_speculations, dataset, num_samples, max_steps)
+    with output_directory(output_dir) as place:
+        target = load_target(model, run, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        report = run_benchmark(target, request)
+        Console().print(strategy_table(report))
+        if place is not None:
+            write_report(report, place)
+            print(f"report: {place / 'report.html'}")
 
 
 @app.command()
@@ -126,46 +131,22 @@ def exits(
     from rich.console import Console
 
     from eval.benchmark import dataset_path
-    from eval.exits import heldout_texts, measure_exits
+    from eval.exits import heldout_texts, measure_exits, window_length
     from eval.report import exits_table, plot_exits
     from eval.target import load_target
+    from layerskip_model.jsonl import write_rows
 
-    place = output_directory(output_dir)
-    target = load_target(model, run, dtype=dtype, device=device, attn_implementation=attn_implementation)
-    texts = heldout_texts(dataset_path(target, dataset))
-    limit = target.runner.context_length
-    length = context_length or (target.run.length if target.run else limit)
-    if not 1 <= length <= limit:
-        raise UserError(f"--context_length {length}: the model's context allows 1 to {limit}")
-    qualities = measure_exits(target.model, target.tokenizer, texts, length)
-    Console().print(exits_table(qualities))
-    if place is not None:
-        from layerskip_model.jsonl import write_rows
-
-        write_rows(place / "exits.jsonl", [quality.model_dump() for quality in qualities])
-        plot_exits(qualities, place / "exits.png")
-        print(f"plot: {place / 'exits.png'}")
+    with output_directory(output_dir) as place:
+        target = load_target(model, run, dtype=dtype, device=device, attn_implementation=attn_implementation)
+        texts = heldout_texts(dataset_path(target, dataset))
+        length = window_length(target, context_length)
+        qualities = measure_exits(target.model, target.tokenizer, texts, length)
+        Console().print(exits_table(qualities))
+        if place is not None:
+            write_rows(place / "exits.jsonl", [quality.model_dump() for quality in qualities])
+            plot_exits(qualities, place / "exits.png")
+            print(f"plot: {place / 'exits.png'}")
 
 
-def output_directory(path: str | None) -> Path | None:
-    """The directory, made before the work begins so that hours of it cannot be lost to a typing error."""
-    if path is None:
-        return None
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir '{path}' cannot be made: {error.strerror}") from None
-    return Path(path)
-
-
-def main() -> None:
-    """Run a command; a mistake of the user's is one line and exit status 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__" and int(os.environ.get("RANK", "0")) == 0:  # under torchrun one process answers
+    run_app(app, "python -m eval")

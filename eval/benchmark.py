@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eval.contestants import Contestant, make_contestant
+from eval.clock import now
+from eval.contestants import Contestant, contestant_name, make_contestant
 from eval.decoding.drafters.base import State
 from eval.decoding.speculate import Generation
 from eval.differences import Examiner
@@ -26,6 +27,9 @@ from layerskip_model.errors import UserError
 from layerskip_model.jsonl import PromptRow, read_prompts
 
 BASELINE = "autoregressive"
+STRATEGIES = (BASELINE, "self_speculative", "hf_generate", "hf_early_exit")
+HELDOUT = "heldout"
+NUM_SAMPLES = 32
 SEED = 0  # of the bootstrap
 VERIFY_COST_REPEATS = 25
 
@@ -38,40 +42,62 @@ class Request:
         strategies: names of `eval.contestants`; the baseline is added when it is missing.
         exit_layer, num_speculations: for the strategies that take them; default: the run's suggestion.
         dataset: a JSONL file, or "heldout" for the held-out rows of the run that made the model.
-        num_samples, max_steps: prompts, and new tokens each.
+        num_samples: prompts; default: NUM_SAMPLES, or all of a file that has fewer.
+        max_steps: new tokens a prompt.
+
+    Raises UserError for what is wrong on any model.
     """
 
-    strategies: Sequence[str]
-    exit_layer: int | None
-    num_speculations: int | None
-    dataset: str
-    num_samples: int
-    max_steps: int
+    strategies: Sequence[str] = STRATEGIES
+    exit_layer: int | None = None
+    num_speculations: int | None = None
+    dataset: str | Path = HELDOUT
+    num_samples: int | None = None
+    max_steps: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.strategies:
+            raise UserError(f"--strategies: is empty; name some, such as {','.join(STRATEGIES)}")
+        for name in self.strategies:
+            contestant_name(name)
+        for flag in ("num_samples", "max_steps"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise UserError(f"--{flag} {value}: give 1 or more")
 
 
-def benchmark(target: Target, request: Request) -> Report:
+def run_benchmark(target: Target, request: Request) -> Report:
     """Run the protocol and return the report. Raises UserError for what the user can mend, before timing anything.
 
     A prompt that a strategy fails on is reported as failed and takes part in no ratio.
     """
+    # 1. Everything that can be refused is refused now.
     given = settings_for(target, request)
-    names = list(dict.fromkeys([BASELINE, *request.strategies]))
+    names = dict.fromkeys([BASELINE, *map(contestant_name, request.strategies)])
     contestants = [make_contestant(name, target, request.max_steps, given) for name in names]
     dataset = dataset_path(target, request.dataset)
     rows = read_prompts(dataset)
     chosen = evenly_spaced(rows, request.num_samples)
     prompts = [target.encode(row.prompt) for row in chosen]
-    for contestant in contestants:  # warm-up, on a prompt that is not measured
-        contestant.decode(warm_up_prompt(target, rows, chosen))
+    warm_up = warm_up_prompt(target, rows, chosen)
+    run = target.run
+    texts = heldout_texts(run.heldout) if run is not None else []
+    training = run.training_points() if run is not None else None
+    length = run.length if run is not None else 0
+
+    # 2. Warm up on a prompt that is not measured. What fails here fails there too, and is reported there.
+    for contestant in contestants:
+        with suppress(Exception):
+            contestant.decode(warm_up)
+
+    # 3. Time, compare, and say what came of it.
     results = run_interleaved(contestants, prompts, chosen, target)
     judge(results, prompts, Examiner(target))
     baseline = [measured.result for measured in results[BASELINE]]
     strategies = [
-        conclude(target, contestant, results[contestant.name], None if i == 0 else baseline, prompts)
+        conclude(target, contestant, results[contestant.name], None if i == 0 else baseline)
         for i, contestant in enumerate(contestants)
     ]
-    run = target.run
-    texts = heldout_texts(run.heldout) if run is not None else []
     return Report(
         title=f"Decoding {Path(target.name).name if run is None else run.directory.name}",
         model=target.name,
@@ -85,8 +111,8 @@ def benchmark(target: Target, request: Request) -> Report:
             "batch": 1,
         },
         strategies=strategies,
-        exits=measure_exits(target.model, target.tokenizer, texts, run.length) if run is not None else None,
-        training=run.training_points() if run is not None else None,
+        exits=measure_exits(target.model, target.tokenizer, texts, length) if run is not None else None,
+        training=training,
     )
 
 
@@ -97,9 +123,9 @@ def settings_for(target: Target, request: Request) -> dict[str, Any]:
     return {key: suggested.get(key) if value is None else value for key, value in given.items()}
 
 
-def dataset_path(target: Target, dataset: str) -> Path:
+def dataset_path(target: Target, dataset: str | Path) -> Path:
     """The file of prompts. Raises UserError for "heldout" without a run that left one."""
-    if dataset != "heldout":
+    if str(dataset) != HELDOUT:
         return Path(dataset)
     if target.run is None:
         raise UserError(
@@ -108,23 +134,30 @@ def dataset_path(target: Target, dataset: str) -> Path:
     return target.run.heldout
 
 
-def evenly_spaced(rows: list[PromptRow], count: int) -> list[PromptRow]:
+def evenly_spaced(rows: list[PromptRow], count: int | None) -> list[PromptRow]:
     """`count` rows from all over the file. Raises UserError where it has fewer."""
-    if count < 1:
-        raise UserError(f"--num_samples {count}: give 1 or more")
+    count = min(NUM_SAMPLES, len(rows)) if count is None else count
     if count > len(rows):
-        raise UserError(f"--num_samples {count}: {rows[0].source} has only {len(rows)} prompts")
+        raise UserError(f"--num_samples {count}: the dataset has only {len(rows)} prompts; give {len(rows)}")
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def warm_up_prompt(target: Target, rows: list[PromptRow], chosen: list[PromptRow]) -> list[int]:
-    """A prompt that is not among the chosen ones; half of one where all are."""
+    """A prompt that is not among the chosen ones; half of one where all are.
+
+    Raises UserError where no chosen prompt fits the model's context: there is nothing to measure.
+    """
+    room = target.runner.context_length - 1
+    fitting = [tokens for row in chosen if len(tokens := target.encode(row.prompt)) <= room]
+    if not fitting:
+        raise UserError(
+            f"no prompt of the dataset fits the model's context of {room + 1} tokens; give shorter ones"
+        )
     lines = {row.line for row in chosen}
-    others = [row for row in rows if row.line not in lines]
-    if others:
-        return target.encode(others[0].prompt)
-    tokens = target.encode(chosen[0].prompt)
-    return tokens[: max(1, len(tokens) // 2)]
+    for row in rows:
+        if row.line not in lines and len(tokens := target.encode(row.prompt)) <= room:
+            return tokens
+    return fitting[0][: max(1, len(fitting[0]) // 2)]
 
 
 @dataclass
@@ -160,18 +193,14 @@ def run_interleaved(
 def measure(
     contestant: Contestant, index: int, prompt: list[int], row: PromptRow, target: Target
 ) -> Measured:
-    """Decode and time one prompt; a failure is a result too."""
-    source = f"{Path(row.source).name}:{row.line}"
-    began = time.perf_counter()
+    """Decode one prompt; a failure is a result too."""
+    source = f"{row.source}:{row.line}"
     try:
         generation = contestant.decode(prompt)
     except Exception as error:  # whatever happens to one prompt must not lose the others
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return Measured(PromptResult(index=index, source=source, status="failed", error=reason), [])
-    seconds = time.perf_counter() - began
-    return Measured(
-        _result(contestant, index, source, prompt, generation, seconds, target), generation.tokens
-    )
+    return Measured(_result(contestant, index, source, prompt, generation, target), generation.tokens)
 
 
 def _result(
@@ -180,7 +209,6 @@ def _result(
     source: str,
     prompt: list[int],
     generation: Generation,
-    seconds: float,
     target: Target,
 ) -> PromptResult:
     apart = contestant.ours  # transformers does not tell prefill from decode
@@ -189,7 +217,7 @@ def _result(
         source=source,
         prompt_tokens=len(prompt),
         new_tokens=len(generation.tokens),
-        seconds=generation.prefill_seconds + generation.decode_seconds if apart else seconds,
+        seconds=generation.prefill_seconds + generation.decode_seconds,
         prefill_seconds=generation.prefill_seconds if apart else None,
         decode_seconds=generation.decode_seconds if apart else None,
         finish_reason=generation.finish_reason,
@@ -223,7 +251,6 @@ def conclude(
     contestant: Contestant,
     measured: list[Measured],
     baseline: list[PromptResult] | None,
-    prompts: list[list[int]],
 ) -> StrategyResult:
     """A strategy's summary; for self-speculation with the speedup that its acceptance predicts."""
     results = [one.result for one in measured]
@@ -240,7 +267,8 @@ def conclude(
     if contestant.name != "self_speculative" or summary.acceptance_length is None:
         return summary
     exit_layer, drafts = contestant.settings["exit_layer"], contestant.settings["num_speculations"]
-    length = int(statistics.median(len(p) + r.new_tokens / 2 for p, r in zip(prompts, results, strict=True)))
+    middles = [r.prompt_tokens + r.new_tokens / 2 for r in results if r.status == "ok"]
+    length = int(statistics.median(middles))
     cost = verify_cost(target, exit_layer, drafts + 1, length)
     accepted = min(summary.acceptance_length - 1.0, drafts)
     predicted = predicted_self_speculation_speedup(
@@ -263,13 +291,7 @@ def verify_cost(target: Target, exit_layer: int, rows: int, length: int) -> floa
     for _ in range(VERIFY_COST_REPEATS):
         for count in seconds:
             hidden = runner.embed(torch.ones((1, count), dtype=torch.long, device=runner.device))
-            began = _now(runner.device)
+            began = now(runner.device)
             runner.run(hidden, exit_layer, runner.num_layers, state.chain_context(0, count))
-            seconds[count].append(_now(runner.device) - began)
+            seconds[count].append(now(runner.device) - began)
     return statistics.median(seconds[rows]) / statistics.median(seconds[1])
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

@@ -109,13 +109,13 @@ STRATEGY_COLUMNS = [
         "Identical outputs",
         "Outputs with exactly the baseline's token ids, of those compared.",
         _identical,
-        short="Same\noutputs",
+        short="Equal\nids",
     ),
     Column(
         "Distinct trigrams",
         "Distinct over all trigrams of an output, mean over outputs; low means that the text loops.",
         lambda row: number(row.strategy.distinct_trigram_share),
-        short="Distinct\ntrigrams",
+        short="Tri-\ngrams",
     ),
     Column(
         "Prefill ms",

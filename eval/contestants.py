@@ -10,7 +10,7 @@ from typing import Any
 
 from eval import peers
 from eval.decoding.speculate import Generation, decode
-from eval.decoding.strategies import ALIASES, STRATEGIES, make_drafter, strategy_name
+from eval.decoding.strategies import ALIASES, STRATEGIES, make_drafter
 from eval.target import Target
 from layerskip_model.errors import UserError
 
@@ -19,6 +19,17 @@ PEERS: dict[str, tuple[Callable[..., peers.Decode], str, tuple[str, ...]]] = {
     "hf_early_exit": (peers.hf_early_exit, "transformers early exit", ("exit_layer", "num_speculations")),
 }
 """name -> (maker, label, settings it needs)"""
+
+
+def contestant_name(name: str) -> str:
+    """The name that a strategy has in a report, aliases resolved. Raises UserError for an unknown one."""
+    known = [*STRATEGIES, *PEERS]
+    found = ALIASES.get(name, name)
+    if found not in known:
+        close = get_close_matches(name, [*known, *ALIASES], n=1)
+        hint = f", did you mean '{close[0]}'?" if close else ""
+        raise UserError(f"unknown strategy '{name}'{hint}; there are {', '.join(known)}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -38,21 +49,16 @@ def make_contestant(name: str, target: Target, max_new_tokens: int, given: dict[
     The baseline, autoregressive, always runs the whole model. Raises UserError for an unknown name and for
     missing or impossible settings.
     """
+    name = contestant_name(name)
     if name in PEERS:
         make, label, needs = PEERS[name]
         missing = [key for key in needs if given.get(key) is None]
         if missing:
-            raise UserError(f"{name} needs {missing[0]}; give --{missing[0]}")
+            raise UserError(f"{name} needs {missing[0]}; give --{missing[0]} a value")
         settings = {key: given[key] for key in needs}
         if needs:
             make_drafter("self_speculative", target.runner, **settings)  # the same settings, the same limits
         return Contestant(name, label, settings, make(target, max_new_tokens, **settings), ours=False)
-    if ALIASES.get(name, name) not in STRATEGIES:
-        known = [*STRATEGIES, *PEERS]
-        close = get_close_matches(name, known, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ";"
-        raise UserError(f"--strategies: unknown strategy '{name}'{hint} there are {', '.join(known)}")
-    name = strategy_name(name)
     fields = {field.name for field in dataclasses.fields(STRATEGIES[name].Settings)}
     settings = {key: value for key, value in given.items() if key in fields and value is not None}
     if name == "autoregressive":

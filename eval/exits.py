@@ -8,15 +8,19 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.results import ExitQuality
+from eval.target import Target
 from layerskip_model.backbone import model_device
 from layerskip_model.early_exit import EarlyExitModel, ExitLoss, LossTerms
 from layerskip_model.errors import UserError
 from layerskip_model.jsonl import read_rows
 from layerskip_model.token_loss import IGNORE_INDEX
+
+SHORT = 20  # batches; more have a progress bar
 
 
 @torch.no_grad()
@@ -38,7 +42,8 @@ def measure_exits(
         totals: dict[int, list[float]] = {e: [0.0, 0.0, 0.0] for e in range(1, num_layers + 1)}
         tokens = 0
         batches = [windows[i : i + batch] for i in range(0, len(windows), batch)]
-        for rows in track(batches, "measuring exits", transient=True, disable=len(batches) < 20):
+        console, short = Console(stderr=True), len(batches) < SHORT
+        for rows in track(batches, "measuring exits", console=console, transient=True, disable=short):
             inputs, labels = (torch.tensor(part, device=device) for part in zip(*rows, strict=True))
             terms = measured(inputs, labels, list(range(len(rows))), 0)
             tokens += _add(totals, terms)
@@ -58,6 +63,15 @@ def measure_exits(
     ]
 
 
+def window_length(target: Target, wanted: int | None) -> int:
+    """Tokens a window: as wanted, else the training length, else the model's context. Raises UserError."""
+    limit = target.runner.context_length
+    length = wanted if wanted is not None else target.run.length if target.run is not None else limit
+    if not 1 <= length <= limit:
+        raise UserError(f"--context_length {length}: the model's context allows 1 to {limit}")
+    return length
+
+
 def last_exit_only(num_layers: int) -> ExitLoss:
     """Plain training: the last layer alone has a loss."""
     return ExitLoss(num_layers, 1, exits=[], weights="uniform", e_scale=1.0, curriculum="none", every=1)
@@ -69,7 +83,7 @@ def heldout_texts(path: Path) -> list[str]:
     Rows with `text`, or without `document`, are documents of their own. Raises UserError for a file with no text.
     """
     rows = [(number, row) for number, row in read_rows(path)]
-    documents = groupby(rows, key=lambda item: item[1].get("document", item[0]))
+    documents = groupby(rows, key=lambda item: (item[1]["document"],) if "document" in item[1] else item[0])
     texts = ["".join(_text(row) for _, row in group) for _, group in documents]
     texts = [text for text in texts if text]
     if not texts:
@@ -87,6 +101,10 @@ def _windows(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Inputs and labels of `length` tokens, the last of a text filled up with labels that don't count."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise UserError(
+            "the tokenizer has no bos_token and no eos_token for a text to begin after; give it one"
+        )
     for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         stream = [begin, *ids]
         for start in range(0, len(stream) - 1, length):

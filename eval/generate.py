@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -25,16 +26,25 @@ class Generator:
 
     @classmethod
     def make(
-        cls, target: Target, strategy: str, settings: dict[str, Any], max_new_tokens: int, stop: list[str]
+        cls,
+        target: Target,
+        strategy: str = "autoregressive",
+        *,
+        max_new_tokens: int = 512,
+        stop: Sequence[str] = (),
+        **settings: Any,
     ) -> Self:
-        """Check the strategy and its settings (None: not given). Raises UserError."""
+        """Check the strategy and its settings (None: not given; then what the target's run suggests).
+
+        Raises UserError.
+        """
         name = strategy_name(strategy)
         given = {key: value for key, value in settings.items() if value is not None}
         if name != "autoregressive" and target.run is not None:
             given = target.run.suggested | given
         make_drafter(name, target.runner, **given)
         if max_new_tokens < 1:
-            raise UserError(f"--max_steps {max_new_tokens}: give 1 or more")
+            raise UserError(f"max_new_tokens (--max_steps) {max_new_tokens}: give 1 or more")
         return cls(target, name, given, max_new_tokens, StopStrings(target.tokenizer, stop) if stop else None)
 
     def generate(self, prompts: list[str]) -> list[Generation]:
@@ -48,10 +58,14 @@ class Generator:
             stop=self.stop,
         )
 
+    def text(self, generation: Generation) -> str:
+        """The text of the new tokens, special tokens left out."""
+        return str(self.target.tokenizer.decode(generation.tokens, skip_special_tokens=True))
+
     def show(self, prompt: str) -> None:
         """Print the continuation on standard output and what it cost on standard error."""
         generation = self.generate([prompt])[0]
-        print(prompt + str(self.target.tokenizer.decode(generation.tokens, skip_special_tokens=True)))
+        print(prompt + self.text(generation), flush=True)
         seconds = generation.prefill_seconds + generation.decode_seconds
         cost = f"{len(generation.tokens)} tokens, {len(generation.tokens) / seconds:.1f} tokens/s"
         if generation.drafted:

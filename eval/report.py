@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,9 +24,11 @@ from layerskip_model.errors import UserError
 
 __all__ = ["exits_table", "plot_exits", "strategy_table", "write_report"]
 
+TABLE_WIDTH = 80  # of table.txt
+
 
 def write_report(report: Report, output_dir: Path) -> None:
-    """Writes report.json, report.md and report.html into `output_dir`, which is made where missing.
+    """Writes report.json, report.md, report.html and table.txt into `output_dir`, made where missing.
 
     The HTML needs no other file and no network. Everything is rendered before anything is written, and each
     file appears whole or not at all. Raises UserError where `output_dir` cannot be a directory.
@@ -32,6 +36,7 @@ def write_report(report: Report, output_dir: Path) -> None:
     files = {
         "report.json": json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
         "report.md": _render("report.md.j2", report),
+        "table.txt": _plain_text(strategy_table(report)),
         "report.html": _render("report.html.j2", report),
     }
     try:
@@ -60,14 +65,21 @@ def _rich_table(title: str, columns: Sequence[Column], rows: Sequence[Any]) -> T
     """Only the first column gives way on a narrow terminal, so that no number is ever cut."""
     table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=0)
     shown = [column for column in columns if column.short != ""]
-    table.add_column(shown[0].title, overflow="fold", min_width=12)
+    table.add_column(shown[0].title, overflow="fold", min_width=10)
     for column in shown[1:]:
         table.add_column(column.short or column.title, justify="right", no_wrap=True)
     for row in rows:
         first, *numbers = (column.cell(row) for column in shown)
-        # Text: a "[" is no markup. An interval goes below its value.
-        table.add_row(Text(first), *(Text(cell.replace(" [", "\n[")) for cell in numbers))
+        # Text: a "[" is no markup. An interval goes below its value, a setting below its strategy.
+        name = Text(first.replace(", ", ",\n "))
+        table.add_row(name, *(Text(cell.replace(" [", "\n[")) for cell in numbers))
     return table
+
+
+def _plain_text(table: Table) -> str:
+    console = Console(width=TABLE_WIDTH, file=io.StringIO(), record=True)
+    console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in console.export_text().splitlines())
 
 
 def _render(template: str, report: Report) -> str:

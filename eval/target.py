@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from eval.results import TrainingPoint
 from layerskip_model.errors import UserError
 from layerskip_model.formats.huggingface import DTYPES, load_model, load_tokenizer
-from layerskip_model.runner import Runner
+from layerskip_model.jsonl import read_rows
+from layerskip_model.runner import IMPLEMENTATIONS, Runner
 
 
 @dataclass(frozen=True)
@@ -37,27 +41,38 @@ class RunFiles:
     @property
     def suggested(self) -> dict[str, Any]:
         """Settings of the suggested strategy: exit_layer, num_speculations."""
-        return self.content.get("suggested", {}).get("settings", {})
+        return self.content["suggested"]["settings"]
 
     @property
     def length(self) -> int:
         """Tokens of a training sequence."""
-        return yaml.safe_load((self.directory / self.content["recipe"]).read_text())["batch"]["length"]
+        return self._batch()[1]
 
     def training_points(self) -> list[TrainingPoint]:
-        """The logged losses, and the held-out loss of each exit where it was measured."""
+        """The logged losses, and the held-out loss of each exit where it was measured. Raises UserError."""
         points: dict[int, dict[str, Any]] = {}
-        recipe = yaml.safe_load((self.directory / self.content["recipe"]).read_text())
-        tokens = recipe["batch"]["sequences"] * recipe["batch"]["length"]
-        for line in (self.directory / "log.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            point = points.setdefault(row["step"], {"step": row["step"], "tokens": row["step"] * tokens})
+        sequences, length = self._batch()
+        for _, row in read_rows(self.directory / "log.jsonl"):
+            step = int(row["step"])
+            point = points.setdefault(step, {"step": step, "tokens": step * sequences * length})
             if "loss" in row:
                 point["loss"] = row["loss"]
             names = [name for name in row if name.startswith("heldout/exit_") and name.endswith("/loss")]
             if names:
                 point["heldout"] = {int(name.split("_")[1].split("/")[0]): row[name] for name in names}
         return [TrainingPoint(**point) for point in points.values() if "loss" in point]
+
+    def _batch(self) -> tuple[int, int]:
+        """Sequences of an optimizer step, tokens of a sequence."""
+        path = self.directory / self.content["recipe"]
+        try:
+            batch = yaml.safe_load(path.read_text(encoding="utf-8"))["batch"]
+            return int(batch["sequences"]), int(batch["length"])
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"run '{self.directory}': {path.name} is damaged ({reason}); train again"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -78,9 +93,13 @@ class Target:
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids, special tokens as the tokenizer adds them. Raises UserError for an empty prompt."""
+        """Token ids, special tokens as the tokenizer adds them. Raises UserError for a prompt that is no text."""
         if not prompt:
-            raise UserError("prompt: is empty; give some text to continue")
+            raise UserError("prompt '': is empty; give some text to continue")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"prompt {prompt!a:.60}: is not valid UTF-8; mend its encoding") from None
         return self.tokenizer(prompt)["input_ids"]
 
 
@@ -88,11 +107,26 @@ def open_run(directory: str | Path) -> RunFiles:
     """Read a run's run.json. Raises UserError where there is no finished run."""
     path = Path(directory) / "run.json"
     try:
-        return RunFiles(Path(directory), json.loads(path.read_text()))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"run '{directory}' is no finished training run: it has no run.json") from None
-    except json.JSONDecodeError as error:
+        raise UserError(
+            f"run '{directory}' is no finished training run: it has no run.json; name a run's output_dir"
+        ) from None
+    except (OSError, ValueError) as error:
         raise UserError(f"run '{directory}': run.json is damaged ({error}); train again") from None
+    if not _is_run(content):
+        wanted = "base, heldout, recipe and suggested.settings"
+        raise UserError(f"run '{directory}': run.json is damaged (it needs {wanted}); train again")
+    return RunFiles(Path(directory), content)
+
+
+def _is_run(content: Any) -> bool:
+    """Whether run.json has what is read from it here."""
+    if not isinstance(content, dict):
+        return False
+    suggested = content.get("suggested")
+    names = all(isinstance(content.get(key), str) for key in ("base", "heldout", "recipe"))
+    return names and isinstance(suggested, dict) and isinstance(suggested.get("settings"), dict)
 
 
 def load_target(
@@ -116,9 +150,24 @@ def load_target(
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype '{dtype}' is not one of {', '.join(DTYPES)}")
+    if attn_implementation not in (None, *IMPLEMENTATIONS):
+        raise UserError(f"--attn_implementation '{attn_implementation}': give {' or '.join(IMPLEMENTATIONS)}")
     tokenizer = load_tokenizer(name)
-    loaded = load_model(name, dtype=dtype, device=place, attn_implementation=attn_implementation)
+    with _no_progress_bar() if Path(name).is_dir() else nullcontext():  # downloads show theirs
+        loaded = load_model(name, dtype=dtype, device=place, attn_implementation=attn_implementation)
     return Target(name, loaded, tokenizer, Runner(loaded), files)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Without transformers' bar over the tensors of a file, which is there and gone in an instant."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _run_beside(model: Path) -> RunFiles | None:

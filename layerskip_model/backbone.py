@@ -7,7 +7,8 @@ patched, and a model that is not in training computes what it always did.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -19,9 +20,11 @@ from layerskip_model.token_loss import HeadMap
 
 Result = TypeVar("Result")
 LayerCall = Callable[..., Tensor]
-Around = Callable[..., Tensor]  # around(call, hidden, *args, **kwargs) -> hidden
+Around = Callable[..., Tensor]  # around(index, call, hidden, *args, **kwargs) -> hidden
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+# Relative differences that are rounding; what the check is for, a scale or soft cap not known, is far beyond.
+CHECK_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 class Backbone:
@@ -40,24 +43,26 @@ class Backbone:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.config = model.config.get_text_config()
-        kind = self.config.model_type
         self.base = model.get_decoder()
+        self.model_type: str = self.config.model_type
         head = model.get_output_embeddings()
         layers = getattr(self.base, "layers", None)
-        norms = [getattr(self.base, name) for name in FINAL_NORM_NAMES if hasattr(self.base, name)]
-        if not isinstance(layers, nn.ModuleList) or not norms or head is None:
+        norms = [getattr(self.base, name, None) for name in FINAL_NORM_NAMES]
+        norm = next((norm for norm in norms if norm is not None), None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers) or norm is None or head is None:
             raise UserError(
-                f"model type '{kind}' has no decoder layers, final norm and LM head where a decoder-only "
-                "language model has them; use a model such as Llama, Mistral, Qwen, Gemma, Phi-3 or OLMo"
+                f"model type '{self.model_type}' has no decoder layers, final norm and LM head where a "
+                "decoder-only language model has them; use a model such as Llama, Mistral, Qwen, Gemma, Phi-3 or OLMo"
             )
         self.layers = layers
-        self.norm: nn.Module = norms[0]
+        self.norm: nn.Module = norm
         self.head: nn.Linear = head
         self.embed: nn.Module = model.get_input_embeddings()
         self.num_layers = len(layers)
         self.hidden_size: int = self.config.hidden_size
         self.vocab_size: int = self.config.vocab_size
         self.context_length: int = self.config.max_position_embeddings
+        self._interceptions: list[_Interception] = []
 
     def head_map(self) -> HeadMap:
         """The map from a normed hidden state to logits, with the model's scale and soft cap."""
@@ -76,29 +81,123 @@ class Backbone:
         Engines that shard parameters gather the head's weight only while the head module runs, so a loss
         that reads the weight itself has to run in there.
         """
-        head: Any = self.head
-        head.forward = lambda states: compute(states, self.head_map())
-        try:
-            return head(hidden)
-        finally:
-            del head.forward
+        with _forward_replaced(self.head, lambda states: compute(states, self.head_map())):
+            return self.head(hidden)
 
-    def intercept_layers(self, around: Callable[[int, LayerCall], Around]) -> None:
-        """Put `around(index, call)` in place of each decoder layer's forward, on this instance only.
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare norm and head as they are known here with what the model does, by a forward of two tokens.
 
-        It stays until `release_layers`: activation checkpointing calls the layers again during backward.
+        Raises UserError for a model whose layers return something else than hidden states, or that does more
+        after them than is known here: early exits would be trained on logits that it never gives.
         """
-        for index, layer in enumerate(self.layers):
-            layer.forward = around(index, layer.forward)
+        states: dict[str, Any] = {}
+
+        def read_last_layer(module: nn.Module, args: Any, output: Any) -> None:
+            states["last"] = output  # [1, 2, hidden]
+
+        def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
+            states["final"] = output.last_hidden_state  # [1, 2, hidden]
+            states["large"] = output.last_hidden_state * 100.0  # far enough for soft caps to show
+            output.last_hidden_state = states["large"]
+            return output
+
+        hooks = [
+            self.layers[-1].register_forward_hook(read_last_layer),
+            self.base.register_forward_hook(enlarge),
+        ]
+        was_training = self.model.training
+        try:
+            tokens = torch.zeros(1, 2, dtype=torch.long, device=self.head.weight.device)
+            logits = self.model.eval()(input_ids=tokens, use_cache=False).logits
+        finally:
+            self.model.train(was_training)
+            for hook in hooks:
+                hook.remove()
+        if not isinstance(states["last"], Tensor) or not _close(self.norm(states["last"]), states["final"]):
+            raise UserError(
+                f"model type '{self.model_type}' does more between its last layer and its LM head than the final "
+                "norm, so it cannot exit early here; use a model such as Llama, Mistral, Qwen or Gemma"
+            )
+        if not _close(self.at_head(states["large"], lambda hidden, head: head.logits(hidden)), logits):
+            raise UserError(
+                f"model type '{self.model_type}' changes its logits after the LM head in a way that is not known "
+                "here; use a model such as Llama, Mistral, Qwen, Gemma, Granite or Cohere"
+            )
+
+    def intercept_layers(self, around: Around) -> None:
+        """Have each decoder layer's forward run as `around(index, call, ...)`, on this instance only.
+
+        `call` is the layer as it was, and its own arguments follow. This stays until `release_layers`:
+        activation checkpointing may call the layers again during backward. A deepcopy of the model takes a copy
+        of the object along that `around` is a method of, and leaves this one alone.
+        """
+        if self._interceptions:
+            raise ValueError("the layers are intercepted already: call release_layers first")
+        self._interceptions = [_Interception(around, *pair) for pair in enumerate(self.layers)]
+        for interception in self._interceptions:
+            interception.layer.forward = interception
 
     def release_layers(self) -> None:
-        """Give every decoder layer its own forward back."""
-        for layer in self.layers:
-            layer.__dict__.pop("forward", None)
+        """Give every decoder layer the forward back that it had before `intercept_layers`."""
+        for interception in self._interceptions:
+            interception.release()
+        self._interceptions = []
 
     def final_states(self, input_ids: Tensor) -> Tensor:
-        """The model's own forward up to the final norm. Tokens [batch, seq] -> [batch, seq, hidden]."""
+        """The model's own forward up to and with the final norm. Tokens [batch, seq] -> [batch, seq, hidden]."""
         return self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+class _Interception:
+    """What stands in for a layer's forward. An object, as a deepcopy of a closure still calls the original."""
+
+    def __init__(self, around: Around, index: int, layer: nn.Module) -> None:
+        self.around = around
+        self.index = index
+        self.layer: Any = layer
+        self.previous = layer.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.around(self.index, self.call, *args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's forward as it was; its class is asked now, because FSDP2 changes it after us."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.layer).forward(self.layer, *args, **kwargs)
+
+    def release(self) -> None:
+        if self.layer.__dict__.get("forward") is not self:
+            raise ValueError("release the interception that came last first")
+        _restore_forward(self.layer, self.previous)
+
+
+@contextmanager
+def _forward_replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for one module while this lasts; its hooks still run around it."""
+    previous = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        _restore_forward(module, previous)
+
+
+def _restore_forward(module: Any, previous: Any) -> None:
+    """An instance's own forward, or else (None) its class's."""
+    if previous is None:
+        del module.forward
+    else:
+        module.forward = previous
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding, relative to the largest value. NaN is not."""
+    if actual.shape != expected.shape:
+        return False
+    allowed = CHECK_TOLERANCE[expected.dtype] * expected.abs().max().item()
+    return (actual - expected).abs().max().item() <= allowed
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layerskip_model.backbone import Around, Backbone, LayerCall
+from layerskip_model.backbone import Backbone, LayerCall
+from layerskip_model.errors import UserError
 from layerskip_model.layer_dropout import LayerDropout, run_kept_rows
 from layerskip_model.token_loss import IGNORE_INDEX, cross_entropy_sum, predictions
 
@@ -80,6 +81,8 @@ class ExitLoss:
 
     def at(self, step: int) -> dict[int, float]:
         """e~(t, l) by exit E, normalised to sum to one; exits whose weight is zero are left out."""
+        if self.num_layers == 1:
+            return {1: 1.0}  # where the paper's e(0) is zero, as for every first layer
         raw = {layer + 1: self.scale(layer) for layer in range(self.num_layers) if self.is_on(layer, step)}
         total = sum(raw.values())
         return {exit_layer: weight / total for exit_layer, weight in raw.items() if weight > 0.0}
@@ -117,38 +120,40 @@ class EarlyExitModel(nn.Module):
         self.exit_loss = exit_loss
         self.dropout = dropout
         self.backbone = Backbone(model)
-        self._keep: np.ndarray | None = None  # [layers, batch], of the forward in progress
+        _require_fitting(self.backbone, exit_loss, dropout)
+        self._running = False  # inside forward
+        self._keep: np.ndarray | None = None  # [layers, batch], of the last forward: its backward may need it
         self._wanted: frozenset[int] = frozenset()
         self._states: dict[int, Tensor] = {}  # exit E -> [batch, seq, hidden]
-        self.backbone.intercept_layers(self._around)
+        self.backbone.intercept_layers(self._run_layer)
 
-    def _around(self, index: int, call: LayerCall) -> Around:
-        def layer(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self.training and self._keep is not None:
-                hidden = run_kept_rows(call, self._keep[index], hidden, *args, **kwargs)
-            else:
-                hidden = call(hidden, *args, **kwargs)
-            if index + 1 in self._wanted:
-                self._states[index + 1] = hidden
-            return hidden
-
-        return layer
+    def _run_layer(self, index: int, call: LayerCall, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Layer `index`, on the kept samples where this module's own forward (or its recomputation) asks."""
+        if self._keep is not None and (self._running or _in_backward()):
+            hidden = run_kept_rows(call, self._keep[index], hidden, *args, **kwargs)
+        else:
+            hidden = call(hidden, *args, **kwargs)
+        if index + 1 in self._wanted:
+            self._states[index + 1] = hidden
+        return hidden
 
     def forward(self, input_ids: Tensor, labels: Tensor, rows: Sequence[int], step: int) -> LossTerms:
         """The loss terms of one micro-batch.
 
         `input_ids`, `labels` [batch, seq], labels already shifted, IGNORE_INDEX where there is none; `rows`
-        the samples' indexes in the global batch; `step` the optimizer step.
+        the samples' indexes in the global batch; `step` the optimizer step. With layer dropout and activation
+        checkpointing, run the backward of one forward before the next forward.
         """
         last = self.backbone.num_layers
         weights = self.exit_loss.at(step) if self.training else dict.fromkeys(range(1, last + 1), 0.0)
         self._keep = self.dropout.kept(step, rows) if self.training and self.dropout else None
         self._wanted = frozenset(weights) - {last}
+        self._running = True
         try:
             final = self.backbone.final_states(input_ids)  # [batch, seq, hidden]
             states = self._states | {last: final}
         finally:
-            self._wanted, self._states = frozenset(), {}
+            self._running, self._wanted, self._states = False, frozenset(), {}
         if self.training:
             return self._losses(states, labels, weights)
         return self._measurements(states, labels)
@@ -182,3 +187,21 @@ class EarlyExitModel(nn.Module):
             terms.correct[exit_layer] = ((top == flat) & counted).sum()
             terms.agreement[exit_layer] = ((top == final) & counted).sum()
         return terms
+
+
+def _require_fitting(backbone: Backbone, exit_loss: ExitLoss, dropout: LayerDropout | None) -> None:
+    """Refuse what would train something else than it says."""
+    for part in (exit_loss, dropout):
+        if part is not None and part.num_layers != backbone.num_layers:
+            raise ValueError(f"{part} is not for a model of {backbone.num_layers} layers")
+    if dropout is not None and backbone.config._attn_implementation == "flex_attention":
+        raise UserError(
+            "attn_implementation='flex_attention' makes one mask for the whole batch, from which layer dropout "
+            "cannot take samples out; use 'sdpa', 'eager' or 'flash_attention_2'"
+        )
+    backbone.check()
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: a layer called then is one that activation checkpointing recomputes."""
+    return torch._C._current_graph_task_id() != -1

@@ -68,16 +68,23 @@ def layer_slice(text: str, num_layers: int) -> range:
     if text == "all":
         return range(num_layers)
     parts = text.split(":")
-    if not 2 <= len(parts) <= 3:
-        raise ValueError(f"'{text}' is neither 'all' nor a slice such as '1::2'")
-    return range(num_layers)[slice(*(int(part) if part.strip() else None for part in parts))]
+    try:
+        if not 2 <= len(parts) <= 3:
+            raise ValueError(text)
+        return range(num_layers)[slice(*(int(part) if part.strip() else None for part in parts))]
+    except ValueError:
+        raise ValueError(f"'{text}' is neither 'all' nor a slice such as '1::2'") from None
 
 
 def uniform_hash(seed: int, step: int, *keys: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) that look random and depend on nothing but the arguments (SplitMix64 finaliser)."""
+    """Numbers in [0, 1) that look random and depend on nothing but the arguments (SplitMix64 finaliser).
+
+    `keys` are uint64 arrays of shapes that go together; their shape is that of the result. Every argument is
+    mixed in on its own: (seed 0, step 1) and (seed 1, step 0) have nothing in common.
+    """
+    state: np.ndarray = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
-        state: np.ndarray = np.asarray(seed, dtype=np.uint64)
-        for key in (np.asarray(step, dtype=np.uint64), *keys):
+        for key in (np.asarray(seed, dtype=np.uint64), np.asarray(step, dtype=np.uint64), *keys):
             state = (state ^ key) + np.uint64(0x9E3779B97F4A7C15)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -88,12 +95,16 @@ def uniform_hash(seed: int, step: int, *keys: np.ndarray) -> np.ndarray:
 def run_kept_rows(
     call: Callable[..., Tensor], keep: np.ndarray, hidden: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """x + M f(x): run a layer on the kept samples only, the others pass unchanged.
+    """x + M f(x), section 4.1: run a layer on the kept samples only, the others pass unchanged.
 
     `call` is the layer (residual included), `keep` bool [batch], `hidden` [batch, seq, hidden]. Masks and
     positions with a batch dimension follow the samples. When no sample is kept the layer still runs on one,
     times zero: every rank then calls every layer, and its collectives and gradient hooks match.
+
+    Raises ValueError where `keep` and `hidden` are not of the same batch.
     """
+    if len(keep) != hidden.shape[0]:
+        raise ValueError(f"{len(keep)} decisions for hidden states of shape {tuple(hidden.shape)}")
     if keep.all():
         return call(hidden, *args, **kwargs)
     chosen = np.flatnonzero(keep)

@@ -2,7 +2,7 @@
 # Train a small LayerSkip model on the Python standard library's own source, then decode with it self-speculatively.
 # Usage: bash scripts/quickstart.sh [--fresh]
 set -euo pipefail
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/setup.sh" ""
 
 run=runs/quickstart/layerskip
 report=runs/quickstart/report
@@ -19,6 +19,6 @@ accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 if [ ! -f "$report/report.html" ]; then
     python -m eval benchmark --run "$run" --output_dir "$report"
 else
-    echo "reusing $report; pass --fresh to start over" >&2
+    cat "$report/table.txt"
+    echo "reusing $report/report.html; pass --fresh to start over" >&2
 fi
-cat "$report/table.txt"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from layerskip_model.errors import UserError
+from eval.command_line import run_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -24,10 +24,14 @@ def main(
     fresh: Annotated[bool, typer.Option("--fresh", help="delete an earlier run in output_dir first")] = False,
 ) -> None:
     """Train a recipe, or go on with an interrupted run of it. Launch with accelerate or torchrun on many devices."""
-    from train.config import load_recipe
+    from train.recipe_file import read_recipe_file
 
-    checked = load_recipe(recipe, overrides)
-    from train.loop import Interrupted, train
+    values = read_recipe_file(recipe, overrides)  # a typing error need not wait for torch
+    from train.config import parse_recipe
+
+    checked = parse_recipe(values, origin=recipe)
+    from train.loop import train
+    from train.stop import Interrupted
 
     try:
         train(checked, fresh=fresh)
@@ -37,8 +41,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_app(app, "python -m train")

@@ -11,26 +11,36 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layerskip_model.errors import UserError
+from train.metrics import Totals
 from train.objectives import Objective
 
 PREFIX = "step-"
 
 
 def save_checkpoint(
-    directory: Path, step: int, objective: Objective[Any], optimizer: torch.optim.Optimizer, keep: int
+    directory: Path,
+    step: int,
+    objective: Objective[Any],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    metrics: Totals | None = None,
 ) -> Path:
-    """Write `directory/step-N` after N finished steps and remove all but the newest `keep`. Main process only."""
+    """Write `directory/step-N` after N finished steps and remove all but the newest `keep`. Main process only.
+
+    `metrics` are the sums that have not been logged yet.
+    """
     target = directory / f"{PREFIX}{step:08d}"
+    for leftover in directory.glob(f".{PREFIX}*"):  # of a process that was killed
+        shutil.rmtree(leftover)
     partial = directory / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = {name: tensor.detach().contiguous() for name, tensor in objective.trainable_state().items()}
     save_file(state, partial / "trainable.safetensors")
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps({"step": step}) + "\n")
+    (partial / "state.json").write_text(json.dumps({"step": step, "metrics": metrics or {}}) + "\n")
     replace_directory(partial, target)
-    for old in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(old)
+    for path in list_checkpoints(directory)[:-keep]:
+        shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))  # never half of one under its name
     return target
 
 
@@ -45,6 +55,11 @@ def load_checkpoint(path: Path, objective: Objective[Any], optimizer: torch.opti
             f"checkpoint {path} cannot be resumed ({' '.join(str(error).split())[:200]}); "
             "delete it to go on from the one before, or pass --fresh"
         ) from error
+
+
+def load_metrics(path: Path) -> Totals:
+    """The sums that were not logged yet when a checkpoint was saved."""
+    return json.loads((path / "state.json").read_text())["metrics"]
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

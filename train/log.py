@@ -39,6 +39,7 @@ class RunLog:
         """Drop lines of steps that a resumed run will do again."""
         if not self.active or not self.path.exists():
             return
+        # A killed run may have left half a line at the end.
         lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
         kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
         partial = self.path.with_suffix(".partial")
@@ -56,7 +57,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Finish the wandb run."""
@@ -117,6 +118,17 @@ def _start_wandb(directory: Path, config: LogConfig, recipe: dict[str, Any]) -> 
             "log.wandb needs the wandb package: pip install wandb, or remove the section"
         ) from None
     settings = config.wandb
-    return wandb.init(
-        project=settings.project, name=settings.name, mode=settings.mode, dir=str(directory), config=recipe
-    )
+    # wandb itself reads the environment only once a process.
+    mode: Any = settings.mode or os.environ.get("WANDB_MODE") or "online"
+    try:
+        return wandb.init(
+            project=settings.project,
+            name=settings.name,
+            mode=mode,
+            dir=str(directory),
+            config=recipe,
+        )
+    except wandb.errors.Error as error:  # no account, no network
+        raise UserError(
+            f"log.wandb: {' '.join(str(error).split()).rstrip('.')}; run 'wandb login', or set mode: offline"
+        ) from error

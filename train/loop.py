@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import sys
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from torch import nn
 
 from layerskip_model.errors import UserError
-from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from train.checkpoint import list_checkpoints, load_checkpoint, load_metrics, save_checkpoint
 from train.config import Recipe
-from train.data.packing import PackedDataset, StepBatches, evaluation_batches
-from train.data.prepare import PreparedData, prepare
-from train.log import RunLog, StepProgress
+from train.data.packing import StepBatches, evaluation_batches
+from train.log import StepProgress
 from train.metrics import MetricSums, all_sum
-from train.model import build_model, mixed_precision, tokenizer_config
-from train.objectives import OBJECTIVES
-from train.objectives.base import Batch, Objective
-from train.optimizer import build_optimizer, set_learning_rate
+from train.objectives.base import Batch
+from train.optimizer import set_learning_rate
+from train.processes import join, on_main_process
+from train.run import Run, set_up
 from train.run_directory import (
     CHECKPOINTS_NAME,
-    DATA_NAME,
     EXPORT_NAME,
     HELDOUT_NAME,
     RUN_NAME,
@@ -37,24 +30,7 @@ from train.run_directory import (
     write_export,
     write_run_file,
 )
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (SIGINT or SIGTERM) and has saved a checkpoint."""
-
-
-@dataclass
-class Run:
-    """Everything that one run works with."""
-
-    recipe: Recipe[Any]
-    directory: Path
-    accelerator: Accelerator
-    objective: Objective[Any]
-    module: nn.Module  # the objective as the engine wraps it
-    optimizer: Any
-    data: PreparedData
-    log: RunLog
+from train.stop import Interrupted, StopRequest
 
 
 def train(recipe: Recipe[Any], *, fresh: bool = False) -> Path:
@@ -63,16 +39,14 @@ def train(recipe: Recipe[Any], *, fresh: bool = False) -> Path:
     Raises UserError for what the user can mend and Interrupted when it was asked to stop; run again, it
     continues exactly as if it had never stopped.
     """
-    state = PartialState()
+    state = join()
     directory = Path(recipe.output_dir)
-    if state.is_main_process:
-        claim(directory, recipe, fresh=fresh)
-    state.wait_for_everyone()
+    on_main_process(state, lambda: claim(directory, recipe, fresh=fresh))
     if (directory / RUN_NAME).is_file():
         if state.is_main_process:
             print(f"{directory} is finished; pass --fresh to train it again", file=sys.stderr)
         return directory
-    run = set_up(recipe, directory)
+    run = set_up(recipe, directory, state)
     try:
         fit(run)
         finish(run)
@@ -81,70 +55,47 @@ def train(recipe: Recipe[Any], *, fresh: bool = False) -> Path:
     return directory
 
 
-def set_up(recipe: Recipe[Any], directory: Path) -> Run:
-    """Data, model, objective and optimizer, prepared for the engine that the process was launched with."""
-    state = PartialState()
-    log = RunLog(directory, recipe.log, recipe.model_dump(mode="json"), active=state.is_main_process)
-    data = prepare(recipe.data, tokenizer_config(recipe.model), directory / DATA_NAME, state)
-    recipe = recipe.with_total_steps(len(PackedDataset(data.train, recipe.batch.length)))
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision(recipe.model),
-        gradient_accumulation_steps=micro_batches(recipe, state.num_processes),
-    )
-    model = build_model(recipe.model, data.tokenizer, recipe.batch.length, recipe.seed)
-    objective = OBJECTIVES[recipe.objective.kind].build(recipe, model)
-    optimizer = build_optimizer(recipe.optimizer, objective)
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    log.say(
-        f"{trained:,} parameters train, {data.train.tokens:,} tokens, {recipe.total_steps:,} steps of "
-        f"{recipe.batch.sequences} x {recipe.batch.length}, {state.num_processes} process(es), "
-        f"{accelerator.mixed_precision} autocast on {accelerator.device}"
-    )
-    module, optimizer = accelerator.prepare(objective, optimizer)
-    return Run(recipe, directory, accelerator, objective, module, optimizer, data, log)
-
-
-def micro_batches(recipe: Recipe[Any], ranks: int) -> int:
-    """Forwards an optimizer step on each rank."""
-    per_rank = -(-recipe.batch.sequences // ranks)
-    return -(-per_rank // min(recipe.batch.micro or per_rank, per_rank))
-
-
 def fit(run: Run) -> None:
     """All optimizer steps from the newest checkpoint on."""
-    recipe, checkpoints = run.recipe, run.directory / CHECKPOINTS_NAME
-    saved = list_checkpoints(checkpoints)
-    start = load_checkpoint(saved[-1], run.objective, run.optimizer) if saved else 0
-    run.log.forget_after(start)
-    if start:
-        run.log.say(f"going on after step {start}")
+    recipe, total = run.recipe, run.recipe.total_steps
+    sums = MetricSums()
+    start = resume(run, sums)
     batches = StepBatches(
-        PackedDataset(run.data.train, recipe.batch.length),
+        run.training_rows,
         sequences=recipe.batch.sequences,
-        micro=recipe.batch.micro or recipe.batch.sequences,
+        micro=run.micro,
         seed=recipe.seed,
         rank=run.accelerator.process_index,
         world=run.accelerator.num_processes,
         start=start,
-        stop=recipe.total_steps,
+        stop=total,
     )
-    sums = MetricSums()
     loss: float | None = None
-    with StepProgress(run.log, start, recipe.total_steps) as progress, StopRequest() as stop:
-        for step, micro in zip(range(start, recipe.total_steps), batches, strict=True):
+    with StepProgress(run.log, start, total) as progress, StopRequest() as stop:
+        for step, micro in zip(range(start, total), batches, strict=True):
             tokens, stopping = train_step(run, step, micro, sums, stop.requested)
             done = step + 1
-            if done % recipe.log.every == 0 or done == recipe.total_steps:
+            last = done == total
+            if due(recipe.log.every, done) or last:
                 loss = log_step(run, done, sums, progress)
             progress.advance(done, tokens, loss)
-            if due(recipe.evaluate.every, done) and done < recipe.total_steps:
+            if due(recipe.evaluate.every, done) and not last:
                 run.log.write(done, evaluate(run, done))
-            if due(recipe.checkpoint.every, done) or stopping:
-                checkpoint(run, done)
-            if stopping and done < recipe.total_steps:
-                raise Interrupted(
-                    f"stopped after step {done} of {recipe.total_steps}; run the same command to go on"
-                )
+            if due(recipe.checkpoint.every, done) or stopping or last:
+                checkpoint(run, done, sums)
+            if stopping and not last:
+                raise Interrupted(f"stopped after step {done} of {total}; run the same command to go on")
+
+
+def resume(run: Run, sums: MetricSums) -> int:
+    """Put the newest checkpoint back, if there is one; the number of finished steps."""
+    saved = list_checkpoints(run.directory / CHECKPOINTS_NAME)
+    start = load_checkpoint(saved[-1], run.objective, run.optimizer) if saved else 0
+    if saved:
+        sums.restore(load_metrics(saved[-1]), run.accelerator)
+        run.log.say(f"going on after step {start}")
+    run.log.forget_after(start)
+    return start
 
 
 def train_step(
@@ -160,7 +111,7 @@ def train_step(
     denominators = {name: max(total, 1.0) for name, total in zip(names, totals, strict=True)}
     # 2. Everything that changes over time is a function of the step.
     set_learning_rate(run.optimizer, recipe.schedule.factor(step, recipe.total_steps))
-    torch.manual_seed(hash((recipe.seed, step, accelerator.process_index)))
+    torch.manual_seed(generator_seed(recipe.seed, step, accelerator.process_index))
     # 3. Gradients of the mean over the global batch. Engines average over ranks and micro-batches: undo it.
     run.module.train()
     undo_mean = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -171,59 +122,68 @@ def train_step(
             sums.add(metrics)
             # 4. The update, after the last micro-batch.
             if accelerator.sync_gradients:
-                limit = recipe.optimizer.clip_norm or float("inf")
+                limit = recipe.optimizer.clip_norm or math.inf
                 norm = accelerator.clip_grad_norm_(run.module.parameters(), limit)
-                sums.add(
-                    {"gradient_norm": (norm, 1.0 / accelerator.num_processes)} if norm is not None else {}
-                )
+                if norm is not None:  # DeepSpeed knows none before its first update
+                    sums.add({"gradient_norm": (norm, 1.0)})
             run.optimizer.step()
             run.optimizer.zero_grad()
     return int(max(totals)), stops > 0
 
 
+def generator_seed(seed: int, step: int, rank: int) -> int:
+    """For torch's generator, so that what a method draws from it is the same after a resume."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
+
+
 def log_step(run: Run, done: int, sums: MetricSums, progress: StepProgress) -> float:
     """Write the means since the last call; the loss. Raises UserError when it is no number any more."""
     metrics = sums.reduce(run.accelerator)
-    loss = metrics["loss"]
+    refuse_divergence(run, done, metrics)
     metrics["learning_rate"] = run.optimizer.param_groups[0]["lr"]
     metrics["tokens_per_second"] = progress.tokens_per_second
     run.log.write(done, metrics)
-    if loss != loss or loss == float("inf"):
-        saved = list_checkpoints(run.directory / CHECKPOINTS_NAME)
-        raise UserError(
-            f"the loss is {loss} at step {done}; lower optimizer.lr or lengthen schedule.warmup_steps "
-            f"(newest checkpoint: {saved[-1].name if saved else 'none'})"
-        )
-    return loss
+    return metrics["loss"]
+
+
+def refuse_divergence(run: Run, done: int, metrics: dict[str, float]) -> None:
+    """Raise UserError where the loss or the gradient is not finite."""
+    for name in ("loss", "gradient_norm"):
+        value = metrics.get(name, 0.0)
+        if not math.isfinite(value):
+            saved = list_checkpoints(run.directory / CHECKPOINTS_NAME)
+            raise UserError(
+                f"the {name.replace('_', ' ')} is {value} by step {done}; lower optimizer.lr or lengthen "
+                f"schedule.warmup_steps (newest checkpoint: {saved[-1].name if saved else 'none'})"
+            )
 
 
 @torch.no_grad()
 def evaluate(run: Run, done: int) -> dict[str, float]:
     """The objective's metrics on held-out data after `done` steps, named heldout/..., with bits per byte."""
-    recipe, accelerator = run.recipe, run.accelerator
+    accelerator, heldout = run.accelerator, run.data.heldout
     run.module.eval()
     sums = MetricSums()
-    dataset = PackedDataset(run.data.heldout, recipe.batch.length, keep_last=True)
-    micro = recipe.batch.micro or recipe.batch.sequences
     rank, world = accelerator.process_index, accelerator.num_processes
-    wanted = -(-min(recipe.evaluate.sequences or len(dataset), len(dataset)) // (micro * world))
-    for batch in islice(evaluation_batches(dataset, micro, rank, world), wanted):
+    limit = run.recipe.evaluate.sequences
+    for batch in evaluation_batches(run.heldout_rows, run.micro, rank, world, limit):
         denominators = dict.fromkeys(run.objective.count(batch), 1.0)
         sums.add(run.module(to_device(batch, accelerator.device), done, denominators)[1])
     metrics = sums.reduce(accelerator)
-    heldout = run.data.heldout
-    metrics["bits_per_byte"] = metrics["loss"] / math.log(2.0) * (heldout.tokens - 1) / heldout.bytes
-    run.log.say(
-        f"held out after step {done}: loss {metrics['loss']:.3f}, {metrics['bits_per_byte']:.3f} bits per byte"
-    )
+    if "bits_per_token" in metrics:
+        metrics["bits_per_byte"] = metrics.pop("bits_per_token") * (heldout.tokens - 1) / heldout.bytes
+    summary = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "/" not in name)
+    run.log.say(f"held out after step {done}: {summary}")
     return {f"heldout/{name}": value for name, value in metrics.items()}
 
 
-def checkpoint(run: Run, done: int) -> None:
-    """Save on the main process; nobody goes on before it is there."""
+def checkpoint(run: Run, done: int, sums: MetricSums) -> None:
+    """Save on the main process; nobody goes on before it is there. Weights that diverged are not saved."""
+    totals = sums.totals(run.accelerator)
+    refuse_divergence(run, done, {name: total for name, (total, _) in totals.items()})
     if run.accelerator.is_main_process:
         directory = run.directory / CHECKPOINTS_NAME
-        save_checkpoint(directory, done, run.objective, run.optimizer, run.recipe.checkpoint.keep)
+        save_checkpoint(directory, done, run.objective, run.optimizer, run.recipe.checkpoint.keep, totals)
     run.accelerator.wait_for_everyone()
 
 
@@ -231,7 +191,6 @@ def finish(run: Run) -> None:
     """Evaluate once more, export, and write run.json last: it marks the run as finished."""
     steps = run.recipe.total_steps
     heldout = evaluate(run, steps)
-    run.log.write(steps, heldout)
     if run.accelerator.is_main_process:
 
         def write(path: Path) -> None:
@@ -240,6 +199,7 @@ def finish(run: Run) -> None:
 
         write_export(run.directory, write)
         shutil.copyfile(run.data.heldout_rows, run.directory / HELDOUT_NAME)
+        run.log.write(steps, heldout)
         plain = {name.removeprefix("heldout/"): value for name, value in heldout.items()}
         write_run_file(
             run.directory,
@@ -260,24 +220,3 @@ def due(every: int | None, done: int) -> bool:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Tensors to the device; row indexes become a list, for the host to decide by without waiting for it."""
     return {k: v.tolist() if k == "row" else v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a wish to stop after the step; a second one kills as usual."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.__exit__()
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

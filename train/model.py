@@ -2,18 +2,82 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from layerskip_model.errors import UserError
-from layerskip_model.formats.huggingface import load_model, new_model
+from layerskip_model.formats.huggingface import load_model, new_model, one_line
 from train.config import ModelConfig
 from train.data.tokenizer import TokenizerConfig
+from train.recipe_errors import guess, shorten
 
 
 def tokenizer_config(config: ModelConfig) -> TokenizerConfig:
     """The recipe's tokenizer; without one, that of the model it starts from."""
     return config.tokenizer or TokenizerConfig(name_or_path=config.name_or_path)
+
+
+def outline_model(config: ModelConfig) -> PreTrainedModel:
+    """The model without any weights, on the meta device: quick, and refuses most of what `build_model` would.
+
+    Raises UserError for a model type, a configuration key or a checkpoint that there is not.
+    """
+    options: dict[str, Any] = {}
+    if config.attn_implementation is not None:
+        options["attn_implementation"] = config.attn_implementation
+    settings = _new_settings(config.config) if config.config is not None else _stored_settings(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, **options)
+    except Exception as error:  # whatever the model's constructor makes of impossible sizes
+        raise UserError(f"model: cannot be made of its configuration ({one_line(error)})") from error
+    if config.activation_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"model.activation_checkpointing: '{model.config.model_type}' models cannot do it; leave it out"
+        )
+    return model
+
+
+def _new_settings(given: dict[str, Any]) -> PreTrainedConfig:
+    kind = given["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"model.config.model_type: '{kind}' is no model type of transformers;{guess(kind, CONFIG_MAPPING)}"
+        )
+    known = AutoConfig.for_model(kind)
+    names = sorted({*known.to_dict(), *known.attribute_map})
+    for key in given:
+        if key not in names:
+            raise UserError(
+                f"model.config.{key}: unknown key (value {shorten(given[key])}) for model_type '{kind}';"
+                f"{guess(key, names)}"
+            )
+    special = dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"])  # the tokenizer's
+    try:
+        return AutoConfig.for_model(kind, **special | {k: v for k, v in given.items() if k != "model_type"})
+    except Exception as error:  # whatever the configuration's class checks
+        raise UserError(f"model.config: {one_line(error)}") from error
+
+
+def _stored_settings(config: ModelConfig) -> PreTrainedConfig:
+    assert config.name_or_path is not None
+    path = Path(config.name_or_path)
+    if (path.exists() or path.is_absolute()) and not (path / "config.json").is_file():
+        raise UserError(f"model.name_or_path: '{path}' is no checkpoint: there is no config.json in it")
+    try:
+        return AutoConfig.from_pretrained(config.name_or_path)
+    except Exception as error:  # a damaged file can fail in any reader
+        raise UserError(f"model.name_or_path: '{path}' cannot be loaded ({one_line(error)})") from error
 
 
 def build_model(
@@ -38,20 +102,27 @@ def build_model(
         model = load_model(
             config.name_or_path, dtype=config.dtype, attn_implementation=config.attn_implementation
         )
-    text_config = model.config.get_text_config()
-    if text_config.vocab_size < len(tokenizer):
-        raise UserError(
-            f"model: vocab_size {text_config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} tokens; "
-            "raise model.config.vocab_size or leave it out"
-        )
-    if length > text_config.max_position_embeddings:
-        raise UserError(
-            f"batch.length: {length} is more than the model's context of {text_config.max_position_embeddings}; "
-            "shorten it or raise max_position_embeddings"
-        )
+    check_fits(config, model, len(tokenizer), length)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def check_fits(config: ModelConfig, model: PreTrainedModel, vocab_size: int, length: int) -> None:
+    """Raise UserError unless the model takes a tokenizer of `vocab_size` tokens and sequences of `length`."""
+    sizes = model.config.get_text_config()
+    is_given = config.config is None or "vocab_size" in config.config  # else it becomes the tokenizer's
+    if is_given and sizes.vocab_size < vocab_size:
+        raise UserError(
+            f"model.config.vocab_size: {sizes.vocab_size} is less than the tokenizer's {vocab_size} tokens; "
+            f"{'leave it out' if config.config else 'use the tokenizer of the model'}"
+        )
+    context = getattr(sizes, "max_position_embeddings", None)  # some have no limit
+    if context is not None and length > context:
+        raise UserError(
+            f"batch.length: {length} is more than the model's context of {context} tokens; "
+            "shorten it or raise max_position_embeddings"
+        )
 
 
 def mixed_precision(config: ModelConfig) -> str:

@@ -59,39 +59,46 @@ def build_optimizer(config: AdamWConfig | MuonConfig, objective: Objective[Any])
     """The recipe's optimizer over what trains. Vectors (norms, biases) get no weight decay.
 
     Each group keeps its full learning rate under `full_lr`; the loop sets `lr` from it at every step.
-    Raises UserError for Muon on sharded parameters, which it cannot orthogonalise.
+    Raises UserError for Muon on sharded parameters, which it cannot orthogonalise, or without any matrices.
     """
-    if isinstance(config, AdamWConfig):
-        adamw_lr = config.lr
-    else:
-        adamw_lr = config.adamw_lr
-        sharded = {DistributedType.FSDP, DistributedType.DEEPSPEED}
-        if PartialState().distributed_type in sharded:
-            raise UserError(
-                "optimizer.kind: 'muon' needs whole matrices, which FSDP and DeepSpeed shard; use kind: adamw"
-            )
-    muon_groups: list[Group] = []
-    adamw_groups: dict[tuple[float, bool], Group] = {}
+    if isinstance(config, MuonConfig):
+        _refuse_sharding()
+    groups: dict[tuple[bool, float, float], Group] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        multiple = objective.learning_rate_multiple(name)
-        if isinstance(config, MuonConfig) and is_layer_matrix(name, parameter):
-            lr = config.lr * multiple
-            muon_groups.append({"params": [parameter], "lr": lr, "full_lr": lr})
-            continue
-        lr, decays = adamw_lr * multiple, parameter.dim() >= 2
-        decay = config.weight_decay if decays else 0.0
-        group = adamw_groups.setdefault(
-            (lr, decays), {"params": [], "lr": lr, "full_lr": lr, "weight_decay": decay}
-        )
-        group["params"].append(parameter)
-    betas = (config.betas[0], config.betas[1])
-    adamw = torch.optim.AdamW(list(adamw_groups.values()), betas=betas, eps=config.eps)
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} trains in {parameter.dtype}; trainable parameters are float32 masters")
+        for_muon = isinstance(config, MuonConfig) and is_layer_matrix(name, parameter)
+        full = config.lr if for_muon or isinstance(config, AdamWConfig) else config.adamw_lr
+        lr = full * objective.learning_rate_multiple(name)
+        decay = config.weight_decay if parameter.dim() >= 2 else 0.0
+        group = {"params": [], "lr": lr, "full_lr": lr, "weight_decay": decay}
+        groups.setdefault((for_muon, lr, decay), group)["params"].append(parameter)
+    adamw_groups = [group for (for_muon, *_), group in groups.items() if not for_muon]
+    muon_groups = [group for (for_muon, *_), group in groups.items() if for_muon]
     if isinstance(config, AdamWConfig):
-        return adamw
-    muon = torch.optim.Muon(muon_groups, momentum=config.momentum, weight_decay=config.weight_decay)
-    return MuonWithAdamW(muon, adamw)
+        return _adamw(config, adamw_groups)
+    if not muon_groups:
+        raise UserError(
+            "optimizer.kind: 'muon' is for matrices of decoder layers, and none trains here; use kind: adamw"
+        )
+    return MuonWithAdamW(
+        torch.optim.Muon(muon_groups, momentum=config.momentum), _adamw(config, adamw_groups)
+    )
+
+
+def _adamw(config: AdamWConfig | MuonConfig, groups: list[Group]) -> torch.optim.AdamW:
+    # torch refuses an empty list of groups, but not an empty group
+    nothing: Group = {"params": [], "full_lr": 0.0}
+    return torch.optim.AdamW(groups or [nothing], betas=(config.betas[0], config.betas[1]), eps=config.eps)
+
+
+def _refuse_sharding() -> None:
+    if PartialState().distributed_type in {DistributedType.FSDP, DistributedType.DEEPSPEED}:
+        raise UserError(
+            "optimizer.kind: 'muon' needs whole matrices, which FSDP and DeepSpeed shard; use kind: adamw"
+        )
 
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -15,6 +15,7 @@ from layerskip_model.errors import UserError
 from train.checkpoint import replace_directory
 from train.config import Recipe
 from train.log import LOG_NAME
+from train.preflight import check_inputs
 
 RECIPE_NAME = "recipe.yaml"
 RUN_NAME = "run.json"
@@ -23,38 +24,86 @@ HELDOUT_NAME = "heldout.jsonl"
 DATA_NAME = "data"
 CHECKPOINTS_NAME = "checkpoints"
 OURS = (RECIPE_NAME, RUN_NAME, EXPORT_NAME, HELDOUT_NAME, DATA_NAME, CHECKPOINTS_NAME, LOG_NAME, "wandb")
-FREE_TO_CHANGE = {"output_dir", "log", "checkpoint", "evaluate"}  # none of them changes what is learnt
+MARK = "# The whole recipe of this run, defaults included; written by python -m train.\n"
+# These change nothing that is learnt, or no more than rounding does.
+FREE_TO_CHANGE = (
+    "output_dir",
+    "log",
+    "checkpoint",
+    "evaluate",
+    "batch.micro",
+    "model.activation_checkpointing",
+)
 
 
 def claim(directory: Path, recipe: Recipe[Any], *, fresh: bool) -> None:
     """Make the output directory this recipe's: new, or with an earlier run of the same recipe in it.
 
-    `fresh` deletes what an earlier run left (and nothing else). Raises UserError where another recipe's run
-    lies there, naming the first key that differs.
+    `fresh` deletes what an earlier run left, and nothing else. Raises UserError where another recipe's run
+    or somebody's files lie there, and for everything that `check_inputs` refuses; then nothing has changed.
     """
     if directory.exists() and not directory.is_dir():
         raise UserError(f"output_dir: {directory} is a file; name a directory")
-    if fresh:
-        for name in OURS:
-            path = directory / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    ours = recipe.model_dump(mode="json")
-    path = directory / RECIPE_NAME
-    if path.is_file():
-        difference = _first_difference(yaml.safe_load(path.read_text()), ours)
-        if difference:
-            raise UserError(
-                f"output_dir: {directory} holds a run of another recipe ({difference}); "
-                "choose another output_dir, or pass --fresh to delete that run"
-            )
-    elif any((directory / name).exists() for name in (EXPORT_NAME, CHECKPOINTS_NAME, RUN_NAME)):
+    if not is_run(directory):
+        _refuse_foreign_files(directory)
+    elif not fresh:
+        _refuse_other_run(directory, recipe)
+        if (directory / RUN_NAME).is_file():
+            return
+    check_inputs(recipe)
+    if fresh and is_run(directory):
+        _delete_run(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f".{RECIPE_NAME}.partial"
+        partial.write_text(MARK + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        partial.replace(directory / RECIPE_NAME)
+    except OSError as error:
+        raise UserError(f"output_dir: {directory} cannot be written ({error.strerror})") from None
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run of ours, finished or not, lies in a directory."""
+    try:
+        with (directory / RECIPE_NAME).open(encoding="utf-8", errors="replace") as file:
+            return file.readline() == MARK
+    except OSError:
+        return False
+
+
+def _refuse_foreign_files(directory: Path) -> None:
+    """A run would write over them, and --fresh delete them."""
+    names = [name for name in OURS if (directory / name).exists()]
+    if names:
         raise UserError(
-            f"output_dir: {directory} holds results without a {RECIPE_NAME}; choose another output_dir"
+            f"output_dir: {directory} holds {', '.join(names)}, but no run; choose another output_dir"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{RECIPE_NAME}.partial"
-    partial.write_text(yaml.safe_dump(ours, sort_keys=False))
-    partial.replace(path)
+
+
+def _refuse_other_run(directory: Path, recipe: Recipe[Any]) -> None:
+    try:
+        theirs = yaml.safe_load((directory / RECIPE_NAME).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        theirs = None
+    if not isinstance(theirs, dict):
+        difference: str | None = f"its {RECIPE_NAME} is damaged"
+    else:
+        difference = _first_difference(theirs, recipe.model_dump(mode="json"))
+    if difference:
+        raise UserError(
+            f"output_dir: {directory} holds a run of another recipe ({difference}); "
+            "choose another output_dir, or pass --fresh to delete that run"
+        )
+
+
+def _delete_run(directory: Path) -> None:
+    """Everything of a run; its recipe, which says that the rest is ours, last."""
+    for name in reversed(OURS):
+        for path in (directory / f".{name}.partial", directory / f".{name}.old", directory / name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def write_export(directory: Path, write: Any) -> Path:
@@ -111,7 +160,8 @@ def fingerprint(checkpoint: Path) -> str:
 def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     flat_theirs, flat_ours = _flat(theirs), _flat(ours)
     for key in sorted(flat_theirs | flat_ours):
-        if key.split(".")[0] not in FREE_TO_CHANGE and flat_theirs.get(key) != flat_ours.get(key):
+        is_free = any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_CHANGE)
+        if not is_free and flat_theirs.get(key) != flat_ours.get(key):
             return f"{key}: {flat_theirs.get(key)} there, {flat_ours.get(key)} here"
     return None
 

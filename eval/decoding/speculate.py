@@ -6,13 +6,13 @@ keeps that path.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from eval.clock import now
 from eval.decoding.acceptance import Outcome, Rule, greedy
 from eval.decoding.drafters.base import Drafter, State
 from eval.decoding.tree import Draft
@@ -113,7 +113,7 @@ def decode(
     if not prompts:
         return []
     generations = [Generation() for _ in prompts]
-    began = _now(runner.device)
+    began = now(runner.device)
 
     # 1. Prefill. It gives the first token, as a verification of the prompt's last token would.
     horizon = max(len(prompt) + limit.room for prompt, limit in zip(prompts, limits, strict=True))
@@ -123,7 +123,7 @@ def decode(
     keep(state, outcome)
     settle(state, outcome, limits, generations, on_tokens)
     drafter.start(state, prompts, states)
-    prefilled = _now(runner.device)
+    prefilled = now(runner.device)
 
     while not all(state.finished):
         # 2. Propose a tree.
@@ -140,7 +140,7 @@ def decode(
         # 7. Let the drafter learn what came of its draft.
         drafter.advance(outcome)
 
-    decode_seconds = _now(runner.device) - prefilled
+    decode_seconds = now(runner.device) - prefilled
     for generation in generations:
         generation.prefill_seconds, generation.decode_seconds = prefilled - began, decode_seconds
     return generations
@@ -239,10 +239,3 @@ def settle(
         room=[limit.room - len(row.tokens) for limit, row in zip(limits, generations, strict=True)],
         finished=[bool(generation.finish_reason) for generation in generations],
     )
-
-
-def _now(device: torch.device) -> float:
-    """Wall clock in seconds, when the device has done all its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from layerskip_model.errors import UserError
 
@@ -22,6 +28,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+LONGEST_REASON = 240  # characters of another library's message
 
 
 def load_model(
@@ -31,18 +38,33 @@ def load_model(
     device: str | torch.device = "cpu",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode. `dtype` is a name in DTYPES.
+    """A causal language model in evaluation mode, as transformers loads it. `dtype` is a name in DTYPES.
 
-    Raises UserError where there is no such model, naming the place and what is missing.
+    Raises UserError where there is no such model, naming the place and what is missing, and where the stored
+    weights are not exactly those of the model: what is missing would be random numbers.
     """
     _require_checkpoint(name_or_path)
-    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    loaded: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=DTYPES[dtype], **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model '{name_or_path}' cannot be loaded: {first_line(error)}") from error
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval()
+        with _without_warnings():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                name_or_path,
+                dtype=DTYPES[dtype],
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, by name
+                **_attention(attn_implementation),
+            )
+    except Exception as error:  # the parsers of configurations and weights raise whatever they like
+        raise _cannot_load(name_or_path, "cannot be loaded", error) from error
+    model, report = loaded
+    _require_exact_weights(name_or_path, report)
+    try:
+        model.to(torch.device(device))
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"model '{name_or_path}' cannot be put on device '{device}': {one_line(error)}"
+        ) from error
+    return model
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -51,55 +73,122 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the tokenizer backends raise whatever their parser raises
-        raise UserError(
-            f"model '{name_or_path}' has no tokenizer that can be loaded ({first_line(error)}); "
-            "save one there with tokenizer.save_pretrained"
-        ) from error
+        fix = "has no tokenizer that can be loaded; save one there with tokenizer.save_pretrained"
+        raise _cannot_load(name_or_path, fix, error) from error
 
 
 def new_model(config: dict[str, Any], *, attn_implementation: str | None = None) -> PreTrainedModel:
     """A model with random weights (drawn from torch's generator) in float32, from a config with `model_type`.
 
-    Raises UserError for an unknown model type and for keys that this type does not have.
+    Raises UserError for an unknown model type, for keys that this type does not have, and for sizes that make no
+    model that runs.
     """
     settings = dict(config)
-    kind = settings.pop("model_type")
-    try:
-        known = AutoConfig.for_model(kind)
-    except ValueError:
+    kind = str(settings.pop("model_type", ""))
+    if kind not in CONFIG_MAPPING:
+        nearest = (get_close_matches(kind, list(CONFIG_MAPPING)) or ["llama"])[0]
         raise UserError(
-            f"model.config.model_type: '{kind}' is no model type of transformers; try 'llama'"
-        ) from None
-    unknown = sorted(set(settings) - set(known.to_dict()) - set(known.attribute_map))
-    if unknown:
-        raise UserError(
-            f"model.config.{unknown[0]}: unknown key (value {settings[unknown[0]]!r}) for model type '{kind}'"
+            f"model.config.model_type: '{kind}' is no model type of transformers; try '{nearest}'"
         )
-    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    _require_known_keys(settings, kind)
     try:
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **settings), dtype=torch.float32, **options
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **settings), dtype=torch.float32, **_attention(attn_implementation)
         )
-    except Exception as error:  # whatever the model's constructor makes of impossible sizes
-        raise UserError(f"model.config: no '{kind}' model can be made of it: {first_line(error)}") from error
+        if model.config.get_text_config().num_hidden_layers < 1:
+            raise ValueError("num_hidden_layers is less than 1")
+        with torch.no_grad():  # some impossible sizes show only here
+            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except Exception as error:  # whatever the model makes of impossible sizes
+        raise UserError(f"model.config: no '{kind}' model can be made of it: {one_line(error)}") from error
+    return model.train()
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """An error's message in one line of readable length, with its type where that says more."""
+    text = " ".join(str(error).split())
+    if not text or isinstance(error, KeyError):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= LONGEST_REASON else text[: LONGEST_REASON - 3] + "..."
+
+
+def _attention(attn_implementation: str | None) -> dict[str, Any]:
+    return {"attn_implementation": attn_implementation} if attn_implementation else {}
 
 
 def _require_checkpoint(name_or_path: str) -> None:
     """A path that exists must be a checkpoint directory; anything else is taken for a hub name."""
     path = Path(name_or_path)
+    if not name_or_path.strip():
+        raise UserError("model '' is empty; give a directory, or a hub name of the form owner/name")
     if path.is_file():
         raise UserError(f"model '{name_or_path}' is a file; name the directory that holds config.json")
     if path.is_dir() and not (path / "config.json").is_file():
         inner = [child.name for child in sorted(path.iterdir()) if (child / "config.json").is_file()]
         fix = f"; did you mean '{path / inner[0]}'?" if inner else ""
         raise UserError(f"model '{name_or_path}' is not a checkpoint: it has no config.json{fix}")
-    if not path.exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/"))):
+    if not path.exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
         raise UserError(
             f"model '{name_or_path}': no such directory, and not a hub name of the form owner/name"
         )
+
+
+def _require_exact_weights(name_or_path: str, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint with weights that are missing, of other shapes, or of another model."""
+    where = f"model '{name_or_path}' cannot be loaded"
+    for key, stored, expected in sorted(report["mismatched_keys"]):
+        raise UserError(
+            f"{where}: '{key}' has shape {list(stored)} in the checkpoint and {list(expected)} by config.json"
+        )
+    for name, what in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has what config.json has no place for"),
+    ):
+        keys = sorted(report[name])
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(
+                f"{where}: the checkpoint {what}: '{keys[0]}'{more}; is it complete and this type?"
+            )
+
+
+def _require_known_keys(settings: dict[str, Any], kind: str) -> None:
+    """Refuse configuration keys that the model type would keep and never read."""
+    config = AutoConfig.for_model(kind)
+    known = sorted({*config.to_dict(), *config.attribute_map})
+    for key in sorted(set(settings) - set(known)):
+        nearest = get_close_matches(key, known, n=1, cutoff=0.5)
+        fix = f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise UserError(
+            f"model.config.{key}: unknown key (value {settings[key]!r}) for model type '{kind}'{fix}"
+        )
+
+
+def _cannot_load(name_or_path: str, what: str, error: BaseException) -> UserError:
+    """The error for a model that could not be loaded, or not be reached."""
+    if _is_unreachable(error):
+        return UserError(
+            f"model '{name_or_path}': no such directory, not in the local cache, and the hub could not be reached; "
+            "check the name, the connection and HF_HUB_OFFLINE"
+        )
+    return UserError(f"model '{name_or_path}' {what} ({one_line(error)})")
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether a failed connection to the hub, or being told not to make one, is among the causes."""
+    while error is not None:
+        if isinstance(error, LocalEntryNotFoundError | ConnectionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without transformers' table of weights that don't fit: they are refused here in one line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

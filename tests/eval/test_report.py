@@ -19,7 +19,8 @@ from tests.eval.samples import BASELINE, EXITS, TRAINING, failed, prompt, report
 
 def written(report: Report, directory: Path) -> tuple[str, str, str]:
     write_report(report, directory)
-    assert sorted(path.name for path in directory.iterdir()) == ["report.html", "report.json", "report.md"]
+    names = ["report.html", "report.json", "report.md", "table.txt"]
+    assert sorted(path.name for path in directory.iterdir()) == names
     return contents(directory)
 
 

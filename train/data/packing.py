@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from layerskip_model.errors import UserError
@@ -112,7 +112,13 @@ def _text_batches(documents: Iterable[Document]) -> Iterator[list[str]]:
 @contextmanager
 def slow_progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Give a function that counts what is done; a bar on standard error appears after a few seconds."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
     task = progress.add_task(label, total=total)
     begun = time.monotonic()
@@ -129,7 +135,15 @@ def slow_progress(label: str, total: int | None) -> Iterator[Callable[[int], Non
             progress.stop()
 
 
-class PackedDataset(Dataset[dict[str, Tensor]]):
+class Rows(Protocol):
+    """What batches are made of: rows of tensors by index. Each has `labels` and the same keys and shapes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]: ...
+
+
+class PackedDataset:
     """Windows of `length` inputs, one after the other, in which every token but the first is predicted once.
 
     Row i is {"input_ids", "labels"}, both int64 [length], from tokens[i * length : i * length + length + 1]:
@@ -189,19 +203,17 @@ def cut_for_rank(num_rows: int, micro: int, rank: int, world: int) -> list[list[
     return [indices.tolist() for indices in np.array_split(part, count)]
 
 
-def collate(dataset: PackedDataset, rows: list[int], indices: list[int]) -> dict[str, Tensor]:
-    """The micro-batch {"input_ids" [b, T], "labels" [b, T], "row" [b]}, all int64; "row" = `indices`.
+def collate(dataset: Rows, rows: list[int], indices: list[int]) -> dict[str, Tensor]:
+    """The micro-batch {"input_ids" [b, T], "labels" [b, T], ..., "row" [b]}: rows stacked; "row" = `indices`.
 
     Index i stands for dataset row rows[i]. Without indices it is the row of index 0 with every label IGNORE.
     """
     chosen = indices or [0]
     examples = [dataset[rows[index]] for index in chosen]
-    labels = torch.stack([example["labels"] for example in examples])  # [b, T]
-    return {
-        "input_ids": torch.stack([example["input_ids"] for example in examples]),  # [b, T]
-        "labels": labels if indices else torch.full_like(labels, IGNORE),
-        "row": torch.tensor(chosen),  # [b]
-    }
+    batch = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}  # [b, ...]
+    if not indices:
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+    return batch | {"row": torch.tensor(chosen)}  # [b]
 
 
 @dataclass(frozen=True)
@@ -212,7 +224,7 @@ class StepBatches:
     is the index within the global batch. See `rows_of_step`, `cut_for_rank` and `collate`.
     """
 
-    dataset: PackedDataset
+    dataset: Rows
     sequences: int
     micro: int
     seed: int
@@ -232,12 +244,13 @@ class StepBatches:
 
 
 def evaluation_batches(
-    dataset: PackedDataset, micro: int, rank: int = 0, world: int = 1
+    dataset: Rows, micro: int, rank: int = 0, world: int = 1, limit: int | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """One rank's share of all rows in their order, as `collate` makes them; "row" is the dataset row.
+    """One rank's share of all rows in their order, or of `limit` evenly spaced ones, as `collate` makes them.
 
     Every rank has the same number of batches; labels are IGNORE throughout in those that fill up.
     """
-    rows = list(range(len(dataset)))
-    for indices in cut_for_rank(len(dataset), micro, rank, world):
+    number = min(limit or len(dataset), len(dataset))
+    rows = [index * len(dataset) // number for index in range(number)]
+    for indices in cut_for_rank(number, micro, rank, world):
         yield collate(dataset, rows, indices)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 from torch import Tensor, nn
 
+from train.data.packing import Rows
 from train.metrics import Metrics
 from train.section import Section
 
 Batch = dict[str, Any]
-"""One micro-batch of one rank: tensors on the device, and `row`, a list of indexes in the global batch."""
+"""One micro-batch of one rank: tensors stacked over its rows, and `row`, their indexes in the global batch."""
 
 Config = TypeVar("Config", bound=Section)
 
@@ -33,6 +34,7 @@ class Objective(nn.Module, Generic[Config]):
     def build(cls, recipe: Any, model: Any) -> Self:
         """The module for a recipe, around its transformers model; marks what trains and what is frozen.
 
+        Also called beforehand, with a model of meta tensors, to find mistakes before anything is loaded.
         Raises UserError where the recipe and the model don't go together.
         """
 
@@ -40,9 +42,17 @@ class Objective(nn.Module, Generic[Config]):
         """How many times the recipe's learning rate the named parameter gets."""
         return 1.0
 
+    def rows(self, windows: Rows, part: Literal["train", "heldout"]) -> Rows:
+        """What batches are made of: by default windows of tokens, `input_ids` and `labels` shifted by one.
+
+        A method that learns from features computed beforehand wraps them and adds those to each row. As many
+        rows as before; a row whose labels are all IGNORE_INDEX only fills up a rank and must count nothing.
+        """
+        return windows
+
     @abstractmethod
     def count(self, batch: Batch) -> dict[str, int]:
-        """Tokens that count in each term of the loss, before the forward.
+        """Tokens that count in each term of the loss, before the forward; the batch is still on the host.
 
         The loop sums them over micro-batches and ranks; the same names on every rank and in every batch.
         """
@@ -51,18 +61,26 @@ class Objective(nn.Module, Generic[Config]):
     def forward(self, batch: Batch, step: int, denominators: dict[str, float]) -> tuple[Tensor, Metrics]:
         """The micro-batch's part of the global loss, and what to log.
 
-        `denominators` are the sums of `count` over the whole global batch: sums divided by them and added over
-        micro-batches and ranks give the mean over the global batch. In evaluation mode the metrics are what
-        matters, and one called `loss` must be among them.
+        The batch is on the device, `row` a list. `denominators` are the sums of `count` over the whole global
+        batch: sums divided by them and added over micro-batches and ranks give the mean over the global batch.
+        Metrics have the same names on every rank, and `loss` among them. In evaluation mode they are all that
+        matters; a method that trains the language model itself gives `bits_per_token` too, which the loop
+        turns into bits per byte. Random numbers from torch's generator are the same after a resume.
         """
 
-    @abstractmethod
     def trainable_state(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint holds and `load_trainable_state` takes: what trains, nothing frozen."""
+        """The tensors that a checkpoint holds: every parameter that trains, a shared one once, nothing frozen."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    @abstractmethod
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Put a checkpoint's tensors back; every one must be there."""
+        """Put a checkpoint's tensors back. Raises ValueError unless names and shapes are exactly the module's."""
+        ours = self.trainable_state()
+        if differing := sorted(ours.keys() ^ state.keys()):
+            raise ValueError(f"other parameters than this recipe's: {', '.join(differing[:3])}")
+        for name, parameter in ours.items():
+            if parameter.shape != state[name].shape:
+                raise ValueError(f"{name} is {list(state[name].shape)} there, {list(parameter.shape)} here")
+            parameter.data.copy_(state[name])
 
     @abstractmethod
     def export(self, directory: Path) -> None:

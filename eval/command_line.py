@@ -1,0 +1,64 @@
+"""What the commands share: errors as one line and exit status 2, and the directory that they write to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any, NoReturn
+
+import typer
+
+from layerskip_model.errors import UserError
+
+# What typer raises for a wrong flag: click's ClickException, of whichever click this typer uses.
+FLAG_ERROR: Any = typer.BadParameter.__mro__[2]
+
+
+def run_app(app: typer.Typer, program: str) -> None:
+    """Run a command and exit: 0, 2 with one line for a mistake of the user's, 130 for an interruption."""
+    try:
+        status = app(prog_name=program, standalone_mode=False)
+    except UserError as error:
+        _fail(str(error))
+    except FLAG_ERROR as error:
+        context = getattr(error, "ctx", None)
+        _fail(error.format_message(), f"see: {context.command_path if context else program} --help")
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(*lines: str) -> NoReturn:
+    print(f"error: {lines[0]}", *lines[1:], sep="\n", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def output_directory(path: str | None) -> Iterator[Path | None]:
+    """The directory, made and tried before the work begins, so that hours cannot be lost to a typing error.
+
+    If the work fails, the directories that were made for it go again. Raises UserError.
+    """
+    if path is None:
+        yield None
+        return
+    place = Path(path)
+    made = [directory for directory in (place, *place.parents) if not directory.exists()]
+    try:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"--output_dir '{path}' cannot be written to ({error.strerror}); name another"
+            ) from None
+        yield place
+    except BaseException:
+        for directory in made:
+            with suppress(OSError):  # not there, or not empty
+                directory.rmdir()
+        raise

@@ -1,0 +1,58 @@
+"""The strategies of a benchmark by name, ours and transformers', behind one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from eval.contestants import contestant_name, make_contestant
+from eval.target import Target
+from layerskip_model.errors import UserError
+
+GIVEN = {"exit_layer": 2, "num_speculations": 3}
+
+
+def test_every_contestant_says_the_same(tiny_target: Target) -> None:
+    names = ["autoregressive", "self_speculative", "hf_generate", "hf_early_exit"]
+    contestants = [make_contestant(name, tiny_target, 10, GIVEN) for name in names]
+    prompt = tiny_target.encode("def bert_1(")
+    outputs = [contestant.decode(prompt).tokens for contestant in contestants]
+    assert len(outputs[0]) == 10
+    assert outputs == [outputs[0]] * 4
+    assert [contestant.decode(prompt).tokens for contestant in contestants] == outputs  # no leftover state
+    assert [contestant.ours for contestant in contestants] == [True, True, False, False]
+    assert [contestant.settings for contestant in contestants] == [{}, GIVEN, {}, GIVEN]
+
+
+def test_an_alias_is_its_strategy() -> None:
+    assert contestant_name("greedy") == "autoregressive"
+    assert contestant_name("hf_generate") == "hf_generate"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("hf_generat", GIVEN, "unknown strategy 'hf_generat', did you mean 'hf_generate'?"),
+        ("self-speculative", GIVEN, "did you mean 'self_speculative'?"),
+        ("zzz", GIVEN, "unknown strategy 'zzz'; there are autoregressive, self_speculative, hf_generate"),
+        (
+            "self_speculative",
+            {"exit_layer": None, "num_speculations": 3},
+            "self_speculative needs exit_layer",
+        ),
+        (
+            "hf_early_exit",
+            {"exit_layer": 2, "num_speculations": None},
+            "hf_early_exit needs num_speculations",
+        ),
+        ("hf_early_exit", {"exit_layer": 4, "num_speculations": 3}, "exit_layer=4 is not valid"),
+        ("hf_early_exit", {"exit_layer": 0, "num_speculations": 3}, "exit_layer=0 is not valid"),
+        ("hf_early_exit", {"exit_layer": 1, "num_speculations": 0}, "num_speculations=0 is not valid"),
+    ],
+)
+def test_mistakes_are_named(tiny_target: Target, name: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_contestant(name, tiny_target, 4, given)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

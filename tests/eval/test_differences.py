@@ -1,0 +1,101 @@
+"""Ties and bugs: whether rounding explains where an output leaves the baseline's."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from eval.differences import Examiner, next_logits
+from layerskip_model.runner import Runner
+from tests.tiny_models import tiny_model
+
+TEXT = [3, 9, 4, 11, 7, 2]
+
+
+def examiner(dtype: torch.dtype, **tied: tuple[int, int, float]) -> tuple[Examiner, Any]:
+    """An examiner of a tiny model; `tied=(i, j, d)` gives token j token i's row of the head, off by d."""
+    model = tiny_model(dtype=torch.float64)
+    if tied:
+        first, second, distance = tied["tied"]
+        weight = model.get_output_embeddings().weight.data
+        weight[second] = weight[first] * (1 - distance)
+    model.to(dtype)  # type: ignore[arg-type]
+    return Examiner(SimpleNamespace(model=model, runner=Runner(model))), model  # type: ignore[arg-type]
+
+
+def ranked(model: Any) -> tuple[list[int], torch.Tensor]:
+    logits = next_logits(model, TEXT)
+    return logits.argsort(descending=True).tolist(), logits
+
+
+def test_equal_outputs_have_no_difference() -> None:
+    judge, _ = examiner(torch.float32)
+    assert judge.compare(TEXT, [1, 2], [1, 2]) is None
+    assert judge.compare(TEXT, [], []) is None
+    assert "_judge" not in vars(judge)  # no copy of the model is made for nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_tokens_that_rounding_decides_between_are_a_tie(dtype: torch.dtype, swapped: bool) -> None:
+    _, plain = examiner(dtype)
+    best = ranked(plain)[0][0]
+    other = (best + 1) % 64
+    judge, _ = examiner(dtype, tied=(best, other, torch.finfo(dtype).eps / 4))
+    pair = (other, best) if swapped else (best, other)
+    found = judge.compare(TEXT[:4], [TEXT[4], TEXT[5], pair[0], 8], [TEXT[4], TEXT[5], pair[1]])
+    assert found is not None
+    assert (found.position, found.expected, found.got, found.verdict) == (2, *pair, "tie")
+    assert found.gap is not None
+    assert found.gap < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_clearly_worse_token_is_a_bug(dtype: torch.dtype) -> None:
+    judge, model = examiner(dtype)
+    order, _ = ranked(model)
+    exact, logits = ranked(copy.deepcopy(model).double())
+    assert order[0] == exact[0]
+    for rank in (2, 5, 63):
+        gap = float(logits[exact[0]] - logits[exact[rank]])
+        assert gap > 1.0  # well above what bfloat16 does to these logits
+        found = judge.compare(TEXT, [exact[0]], [exact[rank]])
+        assert found is not None
+        assert found.verdict == "bug"
+        assert found.gap == pytest.approx(gap, abs=1e-4)
+        turned = judge.compare(TEXT, [exact[rank]], [exact[0]])  # the baseline may be the wrong one
+        assert turned is not None
+        assert (turned.verdict, turned.gap) == ("bug", found.gap)
+
+
+def test_the_replay_is_exact_though_the_target_rounds() -> None:
+    judge, model = examiner(torch.bfloat16)
+    exact, logits = ranked(copy.deepcopy(model).double())
+    found = judge.compare(TEXT, [exact[0]], [exact[1]])
+    assert found is not None
+    assert found.gap == pytest.approx(float(logits[exact[0]] - logits[exact[1]]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "position"), [([5, 6, 7], [5, 6], 2), ([5], [5, 6], 1), ([], [5], 0)]
+)
+def test_an_output_that_ends_elsewhere_is_a_bug(expected: list[int], got: list[int], position: int) -> None:
+    found = examiner(torch.float32)[0].compare(TEXT, expected, got)
+    assert found is not None
+    assert (found.position, found.gap, found.verdict) == (position, None, "bug")
+    assert (found.expected is None) == (len(expected) == position)
+    assert (found.got is None) == (len(got) == position)
+
+
+def test_a_model_too_large_to_copy_judges_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval.differences.LARGEST_REPLAY", 10)
+    judge, model = examiner(torch.float32)
+    order, _ = ranked(model)
+    found = judge.compare(TEXT, [order[0]], [order[3]])
+    assert found is not None
+    assert found.verdict == "bug"
+    assert judge._judge is model

@@ -1,0 +1,182 @@
+"""LayerSkip as an objective: from a recipe's section to the module, its loss, its metrics, its suggestion."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from layerskip_model.early_exit import ExitLoss
+from layerskip_model.layer_dropout import LayerDropout
+from tests.tiny_models import tiny_model
+from tests.train.tiny_runs import recipe_values
+from train import Recipe, UserError, parse_recipe
+from train.objectives.layerskip import COST_PER_ROW, LayerSkip
+
+
+def recipe_with(**objective: Any) -> Recipe[Any]:
+    return parse_recipe(
+        recipe_values(Path("unused"), Path("unused"), objective={"kind": "layerskip"} | objective)
+    )
+
+
+def build(model: PreTrainedModel | None = None, **objective: Any) -> LayerSkip:
+    return LayerSkip.build(recipe_with(**objective), tiny_model() if model is None else model)
+
+
+def some_batch(rows: int = 3) -> dict[str, Any]:
+    """Tokens with some labels masked, row indexes that are not 0, 1, 2."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 64, (rows, 11), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[0, 3:] = -100
+    labels[1, ::2] = -100
+    return {"input_ids": tokens[:, :-1], "labels": labels, "row": [5, 0, 9][:rows]}
+
+
+def test_the_sections_reach_the_module() -> None:
+    objective = build(
+        layer_dropout={"p_max": 0.3, "over_depth": "linear", "over_time": "exp", "layers": "1::2"},
+        early_exit={"exits": [2, 3], "weights": "sqrt", "curriculum": "rotational", "every": 3},
+    )
+    assert objective.module.dropout == LayerDropout(
+        p_max=0.3, over_depth="linear", over_time="exp", layers="1::2", num_layers=4, total_steps=4, seed=0
+    )
+    assert objective.module.exit_loss == ExitLoss(
+        num_layers=4,
+        total_steps=4,
+        exits=[2, 3],
+        weights="sqrt",
+        e_scale=1.0,
+        curriculum="rotational",
+        every=3,
+    )
+
+
+def test_without_sections_it_is_plain_training() -> None:
+    objective = build().train()
+    assert objective.module.dropout is None
+    batch = some_batch()
+    loss, metrics = objective(batch, 0, {"tokens": 1.0})
+    logits = objective.module.model(batch["input_ids"]).logits
+    expected = functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"
+    )
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics.keys() == {"loss", "exit_4/loss"}
+
+
+def test_no_dropout_at_rate_zero() -> None:
+    assert build(layer_dropout={"p_max": 0.0}).module.dropout is None
+
+
+def test_all_exits_are_every_layer() -> None:
+    assert list(build(early_exit={}).module.exit_loss.exits) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("exit_layer", [4, 5])
+def test_an_exit_that_is_not_early_is_refused(exit_layer: int) -> None:
+    with pytest.raises(
+        UserError, match=rf"exits: {exit_layer} is not an early exit of a model with 4 layers; use 1 to 3"
+    ):
+        build(early_exit={"exits": [2, exit_layer]})
+
+
+def test_the_loss_is_the_weighted_mean_of_the_exits() -> None:
+    """J(t) in eq. 4 to 6 of arXiv 2404.16710, by full logits; the metrics are unweighted."""
+    objective = build(early_exit={"e_scale": 0.5}).train()
+    batch = some_batch()
+    tokens = objective.count(batch)["tokens"]
+    assert tokens == 3 + 5 + 10
+    loss, metrics = objective(batch, 0, {"tokens": 2.0 * tokens})
+    model = objective.module.model
+    states = model(batch["input_ids"], output_hidden_states=True).hidden_states[1:]
+    flat = batch["labels"].flatten()
+    raw = {1: 0.0, 2: 0.5 * 1, 3: 0.5 * (1 + 2), 4: 3 + 0.5 * (0 + 1 + 2)}
+    expected = 0.0
+    for exit_layer, hidden in enumerate(states, start=1):
+        normed = hidden if exit_layer == 4 else model.model.norm(hidden)
+        nats = functional.cross_entropy(
+            model.lm_head(normed).flatten(0, 1), flat, ignore_index=-100, reduction="sum"
+        ).item()
+        expected += raw[exit_layer] / sum(raw.values()) * nats / (2.0 * tokens)
+        if raw[exit_layer]:
+            total, count = metrics[f"exit_{exit_layer}/loss"]
+            assert float(total.detach()) == pytest.approx(nats, rel=1e-5)
+            assert int(count) == tokens
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert "exit_1/loss" not in metrics  # e(0) = 0
+    assert metrics["loss"] == metrics["exit_4/loss"]
+
+
+def test_evaluation_measures_every_exit_and_drops_nothing() -> None:
+    model = tiny_model()
+    objective = build(model, layer_dropout={"p_max": 0.9}, early_exit={"exits": [2]}).eval()
+    batch = some_batch()
+    with torch.no_grad():
+        _, metrics = objective(batch, 3, {"tokens": 1.0})
+        logits = model(batch["input_ids"]).logits.flatten(0, 1)
+    flat = batch["labels"].flatten()
+    names = {f"exit_{e}/{name}" for e in (1, 2, 3, 4) for name in ("loss", "top1", "agreement")}
+    assert metrics.keys() == names | {"loss", "bits_per_token"}
+    nats = functional.cross_entropy(logits, flat, ignore_index=-100, reduction="sum").item()
+    assert float(metrics["loss"][0]) == pytest.approx(nats, rel=1e-5)
+    assert float(metrics["bits_per_token"][0]) == pytest.approx(nats / math.log(2.0), rel=1e-5)
+    assert {int(count) for _, count in metrics.values()} == {18}
+    assert metrics["exit_4/agreement"][0] == 18
+    assert metrics["exit_4/top1"][0] == int((logits.argmax(-1) == flat).sum())
+
+
+def test_dropout_follows_the_row_in_the_global_batch() -> None:
+    objective = build(layer_dropout={"p_max": 0.7}).train()
+    batch = some_batch()
+    loss, _ = objective(batch, 1, {"tokens": 1.0})
+    parts = 0.0
+    for row in (2, 0, 1):  # alone, in another order: the same decisions
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        parts += objective(one, 1, {"tokens": 1.0})[0].item()
+    assert loss.item() == pytest.approx(parts, rel=1e-5)
+    batch["row"] = [1, 2, 3]
+    assert objective(batch, 1, {"tokens": 1.0})[0].item() != pytest.approx(loss.item(), rel=1e-3)
+
+
+def test_a_checkpoint_holds_every_parameter_and_tied_ones_once() -> None:
+    for tied in (False, True):
+        model = tiny_model(tie_word_embeddings=tied)
+        objective = build(model)
+        state = objective.trainable_state()
+        assert len(state) == len(list(model.parameters()))
+        saved = {name: value.detach().clone() for name, value in state.items()}
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        objective.load_trainable_state(saved)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_suggestion_is_the_best_by_the_formula() -> None:
+    objective = build()
+    agreement = {1: 0.2, 2: 0.7, 3: 0.8}
+    heldout = {f"exit_{e}/agreement": share for e, share in agreement.items()}
+
+    def speedup(exit_layer: int, drafts: int) -> float:
+        accepted = sum(agreement[exit_layer] ** i for i in range(1, drafts + 1))
+        lower = exit_layer / 4
+        return (1 + accepted) / ((drafts + 1) * lower + (1 + COST_PER_ROW * drafts) * (1 - lower))
+
+    best = max((speedup(e, d), e, d) for e in agreement for d in range(1, 13))
+    told = objective.suggestion(heldout)
+    assert told["strategy"] == "self_speculative"
+    assert told["settings"] == {"exit_layer": best[1], "num_speculations": best[2]}
+    assert told["predicted_speedup"] == pytest.approx(best[0])
+
+
+def test_a_model_of_one_layer_has_nothing_to_draft_with() -> None:
+    told = build(tiny_model(num_hidden_layers=1), early_exit={}).suggestion({})
+    assert told == {"strategy": "autoregressive", "settings": {}, "predicted_speedup": 1.0}
