@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from eval.results import TrainingPoint
 from layerskip_model.errors import UserError
-from layerskip_model.formats.huggingface import DTYPES, load_model, load_tokenizer
+from layerskip_model.formats.huggingface import DTYPES, load_model, load_tokenizer, no_progress_bar
 from layerskip_model.jsonl import read_rows
 from layerskip_model.runner import IMPLEMENTATIONS, Runner
 
@@ -153,21 +151,9 @@ def load_target(
     if attn_implementation not in (None, *IMPLEMENTATIONS):
         raise UserError(f"--attn_implementation '{attn_implementation}': give {' or '.join(IMPLEMENTATIONS)}")
     tokenizer = load_tokenizer(name)
-    with _no_progress_bar() if Path(name).is_dir() else nullcontext():  # downloads show theirs
+    with no_progress_bar() if Path(name).is_dir() else nullcontext():  # downloads show theirs
         loaded = load_model(name, dtype=dtype, device=place, attn_implementation=attn_implementation)
     return Target(name, loaded, tokenizer, Runner(loaded), files)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Without transformers' bar over the tensors of a file, which is there and gone in an instant."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _run_beside(model: Path) -> RunFiles | None:

@@ -14,7 +14,9 @@ case "${1:-}" in
 esac
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+# accelerate gives a process on a CPU one thread unless told otherwise
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+    --num_cpu_threads_per_process "$(python -c "import torch; print(torch.get_num_threads())")" \
     -m train recipes/quickstart/layerskip.yaml "${fresh[@]}"
 if [ ! -f "$report/report.html" ]; then
     python -m eval benchmark --run "$run" --output_dir "$report"

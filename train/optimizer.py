@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
 
@@ -95,7 +96,9 @@ def _adamw(config: AdamWConfig | MuonConfig, groups: list[Group]) -> torch.optim
 
 
 def _refuse_sharding() -> None:
-    if PartialState().distributed_type in {DistributedType.FSDP, DistributedType.DEEPSPEED}:
+    # The process knows of DeepSpeed, only accelerate's own state of FSDP.
+    engines = {PartialState().distributed_type, AcceleratorState._shared_state.get("distributed_type")}
+    if engines & {DistributedType.FSDP, DistributedType.DEEPSPEED}:
         raise UserError(
             "optimizer.kind: 'muon' needs whole matrices, which FSDP and DeepSpeed shard; use kind: adamw"
         )

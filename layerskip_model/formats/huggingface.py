@@ -192,3 +192,15 @@ def _without_warnings() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Without transformers' bars over the files and tensors of a checkpoint on disk."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -75,6 +75,11 @@ def test_no_dropout_at_rate_zero() -> None:
     assert build(layer_dropout={"p_max": 0.0}).module.dropout is None
 
 
+def test_a_slice_without_layers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"layer_dropout\.layers: '9:' names none of the model's 4 layers"):
+        build(layer_dropout={"p_max": 0.5, "layers": "9:"})
+
+
 def test_all_exits_are_every_layer() -> None:
     assert list(build(early_exit={}).module.exit_loss.exits) == [1, 2, 3, 4]
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -199,8 +200,9 @@ def test_it_looks_like_one_optimizer() -> None:
 def test_muon_is_refused_where_matrices_are_sharded(
     monkeypatch: pytest.MonkeyPatch, engine: DistributedType
 ) -> None:
-    state = PartialState(cpu=True)
-    monkeypatch.setitem(state._shared_state, "distributed_type", engine)
+    PartialState(cpu=True)
+    keeper = AcceleratorState if engine == DistributedType.FSDP else PartialState
+    monkeypatch.setitem(keeper._shared_state, "distributed_type", engine)
     with pytest.raises(UserError, match=r"^optimizer\.kind: 'muon' needs whole matrices.*use kind: adamw$"):
         build_optimizer(MUON, Toy())
     build_optimizer(ADAMW, Toy())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from eval.statistics import best_self_speculation_settings
 from layerskip_model.early_exit import WEIGHTS, EarlyExitModel, ExitLoss
 from layerskip_model.errors import UserError
+from layerskip_model.formats.huggingface import no_progress_bar
 from layerskip_model.layer_dropout import SHAPES, LayerDropout, layer_slice
 from layerskip_model.token_loss import IGNORE_INDEX
 from train.metrics import Metrics
@@ -120,6 +121,11 @@ class LayerSkip(Objective[LayerSkipConfig]):
     def _dropout(config: LayerSkipConfig, recipe: Any, num_layers: int) -> LayerDropout | None:
         if config.layer_dropout is None or config.layer_dropout.p_max == 0.0:
             return None
+        if not layer_slice(config.layer_dropout.layers, num_layers):
+            raise UserError(
+                f"objective.layer_dropout.layers: '{config.layer_dropout.layers}' names none of the model's "
+                f"{num_layers} layers; use 'all' or a slice such as '1::2'"
+            )
         return LayerDropout(
             **config.layer_dropout.model_dump(),
             num_layers=num_layers,
@@ -150,7 +156,8 @@ class LayerSkip(Objective[LayerSkipConfig]):
 
     def export(self, directory: Path) -> None:
         """A plain transformers checkpoint, as the released LayerSkip models are."""
-        self.module.model.save_pretrained(directory)
+        with no_progress_bar():
+            self.module.model.save_pretrained(directory)
 
     def suggestion(self, heldout: dict[str, float]) -> dict[str, Any]:
         """The exit and number of drafts with the best predicted speedup at the measured agreement."""
