@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from layerskip_model.errors import UserError
 from train.data import packing
 from train.data.packing import (
-    IGNORE,
+    IGNORE_INDEX,
     PackedDataset,
     PackedTokens,
     StepBatches,
@@ -108,7 +108,7 @@ def test_windows_predict_every_token_once(tmp_path: Path, tokens: int, length: i
             assert row["input_ids"].shape == row["labels"].shape == (length,)
             assert row["input_ids"].dtype == row["labels"].dtype == torch.int64
             pairs += list(zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True))
-        assert [pair for pair in pairs if pair[1] != IGNORE] == [(i, i + 1) for i in range(predicted)]
+        assert [pair for pair in pairs if pair[1] != IGNORE_INDEX] == [(i, i + 1) for i in range(predicted)]
         assert all(pair[0] == 0 for pair in pairs[predicted:])  # filled up with the stream's first token, eos
     with pytest.raises(IndexError):
         training[len(training)]
@@ -151,17 +151,17 @@ def test_the_ranks_batches_together_are_the_global_batch(tmp_path: Path, world: 
     for index, step in enumerate(range(2, 7)):
         batches = [rank[index] for rank in ranks]
         assert len({len(batch) for batch in batches}) == 1
-        sizes = [sum(len(m["row"]) for m in batch if (m["labels"] != IGNORE).any()) for batch in batches]
+        sizes = [sum(len(m["row"]) for m in batch if (m["labels"] != IGNORE_INDEX).any()) for batch in batches]
         assert max(sizes) - min(sizes) <= 1
         seen = []
         for micro_batch in (m for batch in batches for m in batch):
             assert 1 <= len(micro_batch["row"]) <= micro
-            if (micro_batch["labels"] != IGNORE).any():
+            if (micro_batch["labels"] != IGNORE_INDEX).any():
                 seen += micro_batch["row"].tolist()
             for i, row in enumerate(micro_batch["row"].tolist()):
                 expected = dataset[rows_of_step(step, 8, len(dataset), 0)[row]]
                 assert torch.equal(micro_batch["input_ids"][i], expected["input_ids"])
-                assert micro_batch["labels"][i].tolist() in (expected["labels"].tolist(), [IGNORE] * 4)
+                assert micro_batch["labels"][i].tolist() in (expected["labels"].tolist(), [IGNORE_INDEX] * 4)
         assert seen == list(range(8))  # contiguous parts, in the order of the ranks
 
 
@@ -181,4 +181,4 @@ def test_evaluation_covers_every_token_once_on_any_number_of_ranks(tmp_path: Pat
     ranks = [list(evaluation_batches(dataset, 2, rank, world)) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     labels = torch.cat([batch["labels"].flatten() for batches in ranks for batch in batches])
-    assert labels[labels != IGNORE].tolist() == list(range(1, 24))
+    assert labels[labels != IGNORE_INDEX].tolist() == list(range(1, 24))

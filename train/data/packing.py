@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from layerskip_model.errors import UserError
+from layerskip_model.token_loss import IGNORE_INDEX
 from train.data.sources import Document
 
-IGNORE = -100  # the label of a position that is not predicted
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1000, 2_000_000  # of one call of the tokenizer
 _QUIET_SECONDS = 3.0  # shorter work shows no progress bar
 
@@ -148,7 +148,7 @@ class PackedDataset:
 
     Row i is {"input_ids", "labels"}, both int64 [length], from tokens[i * length : i * length + length + 1]:
     labels[t] is the token after input_ids[t]. The short window at the end is dropped, or with `keep_last`
-    filled up with labels IGNORE. Raises UserError if there is no row.
+    filled up with labels IGNORE_INDEX. Raises UserError if there is no row.
     """
 
     def __init__(self, packed: PackedTokens, length: int, *, keep_last: bool = False) -> None:
@@ -172,7 +172,7 @@ class PackedDataset:
         window = self.tokens[row * self.length : (row + 1) * self.length + 1].astype(np.int64)
         missing = self.length + 1 - len(window)
         inputs = np.pad(window[:-1], (0, missing), constant_values=self.tokens[0])
-        labels = np.pad(window[1:], (0, missing), constant_values=IGNORE)
+        labels = np.pad(window[1:], (0, missing), constant_values=IGNORE_INDEX)
         return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
 
 
@@ -206,13 +206,13 @@ def cut_for_rank(num_rows: int, micro: int, rank: int, world: int) -> list[list[
 def collate(dataset: Rows, rows: list[int], indices: list[int]) -> dict[str, Tensor]:
     """The micro-batch {"input_ids" [b, T], "labels" [b, T], ..., "row" [b]}: rows stacked; "row" = `indices`.
 
-    Index i stands for dataset row rows[i]. Without indices it is the row of index 0 with every label IGNORE.
+    Index i stands for dataset row rows[i]. Without indices it is the row of index 0 with every label IGNORE_INDEX.
     """
     chosen = indices or [0]
     examples = [dataset[rows[index]] for index in chosen]
     batch = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}  # [b, ...]
     if not indices:
-        batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
     return batch | {"row": torch.tensor(chosen)}  # [b]
 
 
@@ -248,7 +248,7 @@ def evaluation_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """One rank's share of all rows in their order, or of `limit` evenly spaced ones, as `collate` makes them.
 
-    Every rank has the same number of batches; labels are IGNORE throughout in those that fill up.
+    Every rank has the same number of batches; labels are IGNORE_INDEX throughout in those that fill up.
     """
     number = min(limit or len(dataset), len(dataset))
     rows = [index * len(dataset) // number for index in range(number)]
