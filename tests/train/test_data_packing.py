@@ -151,7 +151,9 @@ def test_the_ranks_batches_together_are_the_global_batch(tmp_path: Path, world: 
     for index, step in enumerate(range(2, 7)):
         batches = [rank[index] for rank in ranks]
         assert len({len(batch) for batch in batches}) == 1
-        sizes = [sum(len(m["row"]) for m in batch if (m["labels"] != IGNORE_INDEX).any()) for batch in batches]
+        sizes = [
+            sum(len(m["row"]) for m in batch if (m["labels"] != IGNORE_INDEX).any()) for batch in batches
+        ]
         assert max(sizes) - min(sizes) <= 1
         seen = []
         for micro_batch in (m for batch in batches for m in batch):
