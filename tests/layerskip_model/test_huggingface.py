@@ -273,7 +273,7 @@ def test_other_names_of_a_key_are_known() -> None:
         ({"num_hidden_layers": "x"}, "num_hidden_layers"),
         ({"num_attention_heads": 4, "num_key_value_heads": 3}, "(4) must match"),  # found by running it
         ({"vocab_size": 0, "pad_token_id": None}, ""),
-        ({"head_dim": 7}, "head_dim"),
+        ({"head_dim": 7}, "7"),
         ({"hidden_act": "nope"}, "KeyError 'nope'"),
     ],
 )
