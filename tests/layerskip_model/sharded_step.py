@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from layerskip_model.early_exit import EarlyExitModel, ExitLoss
 from layerskip_model.layer_dropout import LayerDropout
 from tests.tiny_models import tiny_model
+from train.processes import leave
 
 PER_RANK = 2
 ROWS = 2 * PER_RANK
@@ -92,7 +93,7 @@ def main() -> None:
     for engine in sys.argv[1:]:
         compare(engine, tied=False, checkpointing=False)
         compare(engine, tied=True, checkpointing=True)
-    dist.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

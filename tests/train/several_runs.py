@@ -14,6 +14,7 @@ import torch
 from tests.train.toy_heads import ToyHeads
 from train import UserError, load_recipe, train
 from train.objectives import OBJECTIVES
+from train.processes import leave
 
 if __name__ == "__main__":
     OBJECTIVES["toy_heads"] = ToyHeads
@@ -27,3 +28,4 @@ if __name__ == "__main__":
     except UserError as error:
         told["refused"] = str(error)
     Path(sys.argv[1]).with_name(f"rank{torch.distributed.get_rank()}.json").write_text(json.dumps(told))
+    leave(0)
