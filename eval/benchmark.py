@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eval.clock import now
 from eval.contestants import Contestant, contestant_name, make_contestant
+from eval.decoding.acceptance import Greedy
 from eval.decoding.drafters.base import State
 from eval.decoding.speculate import Generation
 from eval.differences import Examiner
@@ -282,7 +283,7 @@ def verify_cost(target: Target, exit_layer: int, rows: int, length: int) -> floa
     """v: the upper layers' time for `rows` rows after `length` cached tokens, over that for one row."""
     runner = target.runner
     length = max(1, min(length, runner.context_length - rows))
-    state = State(runner, 1, length, rows)
+    state = State(runner, [[1] * length], length, rows, Greedy())
     hidden = runner.embed(torch.ones((1, length), dtype=torch.long, device=runner.device))
     runner.run(hidden, 0, runner.num_layers, state.chain_context(0, length))
     state.cache.lengths = [length]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -71,6 +71,20 @@ class Context:
     masks: dict[str, Tensor | None]
 
 
+class Forward(NamedTuple):
+    """What a pass through some layers gives.
+
+    Attributes:
+        hidden: the states that leave the last of them, [batch, rows, hidden].
+        logits: [batch, rows, vocab], if wanted.
+        states: layer -> the states that left it, [batch, rows, hidden], for those wanted.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None
+    states: dict[int, Tensor]
+
+
 class Runner:
     """Embed tokens, run any span of layers, read logits: the three steps that decoding is made of.
 
@@ -117,6 +131,25 @@ class Runner:
             )
             hidden = output if isinstance(output, Tensor) else output[0]
         return hidden
+
+    def forward(
+        self,
+        inputs: Tensor,
+        start: int,
+        stop: int,
+        context: Context,
+        *,
+        head: bool = True,
+        needs: tuple[int, ...] = (),
+    ) -> Forward:
+        """A pass through layers start..stop-1, from tokens [batch, rows] where these begin at layer 0.
+
+        `inputs` are hidden states [batch, rows, hidden] otherwise. `head`: whether logits are wanted. `needs`:
+        layers whose outgoing states are.
+        """
+        hidden = inputs if inputs.is_floating_point() else self.embed(inputs)
+        hidden, states = self.run_reading(hidden, start, stop, context, needs)
+        return Forward(hidden, self.logits(hidden) if head else None, states)
 
     def run_reading(
         self, hidden: Tensor, start: int, stop: int, context: Context, layers: tuple[int, ...]

@@ -1,18 +1,22 @@
-"""Acceptance rules: which path of a draft the target takes, and the token it adds.
+"""Rules: how a drafter's tokens are chosen, which path of a draft the target takes, and the token it adds.
 
-A rule is a function of the target's logits and the draft with its tree. It does the one synchronisation with
-the host of a decoding step. The prefill is to it a draft that is nothing but a root.
+Accepting does the one synchronisation with the host of a decoding step. The prefill is to a rule a draft that is
+nothing but a root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from eval.decoding.tree import Draft
+
+if TYPE_CHECKING:
+    from eval.decoding.drafters.base import State
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,36 @@ class Outcome:
     states: dict[int, Tensor] = field(default_factory=dict)
 
 
-Rule = Callable[[Tensor, Draft], Outcome]
+class Rule(ABC):
+    """How tokens are chosen, on both sides."""
+
+    def begin(self, state: State) -> None:  # noqa: B027
+        """Before the prefill of a decode."""
+
+    @abstractmethod
+    def draft(self, state: State, logits: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The next token of a chain after `tokens`, [batch, 1] each, the root first.
+
+        logits [batch, 1, vocab] are the drafter's after the last of them. Returns the token [batch, 1] and the
+        distribution it was drawn from, [batch, 1, vocab], or None where it was not drawn. Must not wait for
+        the device.
+        """
+
+    @abstractmethod
+    def accept(self, state: State, logits: Tensor, draft: Draft) -> Outcome:
+        """Take a path of the draft by the target's logits [batch, n, vocab], and add a token of its own."""
+
+
+class Greedy(Rule):
+    """Always the most likely token."""
+
+    def draft(self, state: State, logits: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The argmax."""
+        return logits.argmax(dim=-1), None
+
+    def accept(self, state: State, logits: Tensor, draft: Draft) -> Outcome:
+        """See `greedy`."""
+        return greedy(logits, draft)
 
 
 def greedy(logits: Tensor, draft: Draft) -> Outcome:

@@ -6,21 +6,32 @@ keeps that path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from eval.clock import now
-from eval.decoding.acceptance import Outcome, Rule, greedy
+from eval.decoding.acceptance import Greedy, Outcome, Rule
 from eval.decoding.drafters.base import Drafter, State
 from eval.decoding.tree import Draft
 from layerskip_model.errors import UserError
 from layerskip_model.runner import Runner
 
 Stop = Callable[[list[int]], bool]  # the new tokens so far -> the last one ends the generation
-OnTokens = Callable[[int, list[int]], None]  # row of the batch, tokens just emitted
+
+
+class Listener:
+    """Is told what happens while it happens. Subclasses say what they want to hear."""
+
+    wants_drafts = False  # reading a draft waits for the device
+
+    def drafted(self, row: int, tokens: list[int]) -> None:
+        """A chain was proposed for this row of the batch; its acceptance is not known yet."""
+
+    def emitted(self, row: int, tokens: list[int]) -> None:
+        """These tokens are now part of the row's output."""
 
 
 @dataclass
@@ -98,13 +109,15 @@ def decode(
     max_new_tokens: int,
     eos_token_ids: Collection[int],
     stop: Stop | None = None,
-    on_tokens: OnTokens | None = None,
-    rule: Rule = greedy,
+    rule: Rule | None = None,
+    streams: Sequence[int] | None = None,
+    listener: Listener | None = None,
 ) -> list[Generation]:
     """Continue every prompt, all of them in one batch.
 
     Rows may differ in prompt length, accept different lengths and end at different times; each ends where it
-    would alone. `on_tokens` is called with a row's index and its new tokens as they come.
+    would alone. `rule` is greedy by default. `streams`: for a rule that draws, the number of each row's own
+    stream of random numbers (by default 0, 1, ...), so that a row's output does not depend on its batch.
 
     Raises UserError for a prompt that is empty, foreign to the vocabulary, or as long as the model's context.
     """
@@ -113,30 +126,34 @@ def decode(
     if not prompts:
         return []
     generations = [Generation() for _ in prompts]
+    rule = Greedy() if rule is None else rule
     began = now(runner.device)
 
     # 1. Prefill. It gives the first token, as a verification of the prompt's last token would.
     horizon = max(len(prompt) + limit.room for prompt, limit in zip(prompts, limits, strict=True))
-    state = State(runner, len(prompts), horizon, drafter.max_nodes)
+    state = State(runner, prompts, horizon, drafter.max_nodes, rule, streams)
+    rule.begin(state)
     logits, states = prefill(state, drafter, prompts)
-    outcome = rule(logits, state.chain(state.last))
+    outcome = rule.accept(state, logits, state.chain(state.last))
     keep(state, outcome)
-    settle(state, outcome, limits, generations, on_tokens)
+    settle(state, outcome, limits, generations, listener)
     drafter.start(state, prompts, states)
     prefilled = now(runner.device)
 
     while not all(state.finished):
         # 2. Propose a tree.
         draft = drafter.propose(state)
+        if listener is not None and listener.wants_drafts:
+            tell(listener, state, draft)
         # 3. Verify it: one forward of the layers that have not seen it yet.
         logits, states = verify(state, drafter, draft)
         # 4. Accept a path and the target's own next token.
-        outcome = replace(rule(logits, draft), states=states)
+        outcome = replace(rule.accept(state, logits, draft), states=states)
         count(state, outcome, generations)
         # 5. Keep that path in the cache; the next draft overwrites the rest.
         keep(state, outcome)
         # 6. Emit the tokens one by one, to each row's end.
-        settle(state, outcome, limits, generations, on_tokens)
+        settle(state, outcome, limits, generations, listener)
         # 7. Let the drafter learn what came of its draft.
         drafter.advance(outcome)
 
@@ -202,9 +219,19 @@ def verify(state: State, drafter: Drafter, draft: Draft) -> tuple[Tensor, dict[i
     assert draft.num_nodes <= drafter.max_nodes, "a draft is larger than its drafter's max_nodes"
     runner = state.runner
     context = state.context(draft)
-    hidden = runner.embed(draft.tokens) if draft.hidden is None else draft.hidden  # [batch, n, hidden]
-    hidden, states = runner.run_reading(hidden, draft.entry_layer, drafter.depth, context, drafter.needs)
-    return runner.logits(hidden), states
+    inputs = draft.tokens if draft.hidden is None else draft.hidden  # [batch, n] or [batch, n, hidden]
+    result = runner.forward(inputs, draft.entry_layer, drafter.depth, context, needs=drafter.needs)
+    assert result.logits is not None
+    return result.logits, result.states
+
+
+def tell(listener: Listener, state: State, draft: Draft) -> None:
+    """Let a listener see a chain before it is verified."""
+    if draft.is_chain:
+        for row, (tokens, valid) in enumerate(zip(draft.tokens.tolist(), draft.valid.tolist(), strict=True)):
+            drafted = [token for token, real in zip(tokens[1:], valid[1:], strict=True) if real]
+            if drafted and not state.finished[row]:
+                listener.drafted(row, drafted)
 
 
 def count(state: State, outcome: Outcome, generations: list[Generation]) -> None:
@@ -227,13 +254,14 @@ def settle(
     outcome: Outcome,
     limits: list[Limits],
     generations: list[Generation],
-    on_tokens: OnTokens | None,
+    listener: Listener | None,
 ) -> None:
     """Emit each row's tokens up to its end, and begin the next step from the last ones."""
     for row, (limit, generation) in enumerate(zip(limits, generations, strict=True)):
         emitted = limit.extend(generation, outcome.tokens[row])
-        if emitted and on_tokens is not None:
-            on_tokens(row, emitted)
+        state.texts[row] += emitted
+        if emitted and listener is not None:
+            listener.emitted(row, emitted)
     state.begin_step(
         last=[generation.tokens[-1] for generation in generations],
         room=[limit.room - len(row.tokens) for limit, row in zip(limits, generations, strict=True)],

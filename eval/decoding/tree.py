@@ -22,7 +22,8 @@ class Draft:
         candidate: [batch, n]; False marks rows that ride along in the forward and are never accepted.
         entry_layer: the first layer that has not run yet for these nodes.
         hidden: [batch, n, hidden], the states that enter `entry_layer`; None to start from the tokens.
-        q: the drafter's own distribution of each node's token, [batch, n, vocab], for rules that sample.
+        q: for rules that sample, the distribution that each node's token but the root's was drawn from,
+            [batch, n - 1, vocab].
         visible: [batch, n, n], True where node i sees node j (always itself); None for the rule of trees, its
             ancestors and itself. All nodes see the committed prefix.
         is_chain: every node's parent is the node before it, slot = position, `visible` is None. Known without

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from eval.decoding.acceptance import Outcome
+from eval.decoding.acceptance import Outcome, Rule
 from eval.decoding.cache import Cache, SlotView, SpanView
 from eval.decoding.tree import Draft, after_prefix, ancestor_mask, by_slot
 from layerskip_model.runner import Context, Runner
@@ -23,15 +24,33 @@ class State:
     A drafter reads it, makes contexts for its own passes with it, and never changes it.
 
     Attributes:
+        rule: chooses the tokens, a drafter's too.
+        streams: each row's stream of random numbers, for a rule that draws.
+        texts: each row's prompt and what was emitted after it.
+        prompt_lengths: how much of each text is the prompt.
+        length: committed tokens, on the device, [batch, 1].
         last: the last emitted token, the root of the next draft, [batch, 1].
         room: how many more tokens a row may emit.
         finished: rows that have ended; they stay in the batch and nothing of theirs is kept.
     """
 
-    def __init__(self, runner: Runner, batch: int, horizon: int, max_nodes: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        prompts: Sequence[list[int]],
+        horizon: int,
+        max_nodes: int,
+        rule: Rule,
+        streams: Sequence[int] | None = None,
+    ) -> None:
         """Make room for texts of `horizon` tokens, prompt included, and for `max_nodes` nodes after them."""
         capacity = horizon + max_nodes
+        batch = len(prompts)
         self.runner = runner
+        self.rule = rule
+        self.streams = list(range(batch)) if streams is None else list(streams)
+        self.texts = [list(prompt) for prompt in prompts]
+        self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.batch = batch
         self.cache = Cache(batch, runner.num_layers, capacity)
         self.tables = runner.tables(horizon, capacity)
@@ -48,7 +67,7 @@ class State:
     def begin_step(self, last: list[int], room: list[int], finished: list[bool]) -> None:
         """Take over each row's last token, room and end, and bring them to the device in one transfer."""
         columns = torch.tensor([last, self.lengths, room]).to(self.runner.device)[..., None]
-        self.last, self._length, self._room = columns  # [batch, 1] each
+        self.last, self.length, self._room = columns  # [batch, 1] each
         self.room = room
         self.finished = finished
         # All rows equally long (always so for one row): then slots are slices.
@@ -65,7 +84,7 @@ class State:
         n = tokens.shape[1]
         shape = (self.batch, n)
         true = self._true[:, :n].expand(shape)
-        position = self._length + self._nodes[:, 1 : n + 1]
+        position = self.length + self._nodes[:, 1 : n + 1]
         return Draft(
             tokens=tokens,
             parents=self._nodes[:, :n].expand(shape),
@@ -88,14 +107,14 @@ class State:
         if draft.is_chain:
             return self.chain_context(first, stop - first)
         visible = ancestor_mask(draft.parents) if draft.visible is None else draft.visible
-        visible = by_slot(visible[:, first:stop], draft.slot - self._length)
+        visible = by_slot(visible[:, first:stop], draft.slot - self.length)
         extent = max(self.lengths) + draft.num_nodes
         key_position = self.tables.position[:, :extent].expand(self.batch, -1)
         key_position = key_position.scatter(1, draft.slot, draft.position)
         if self._start is not None:
             seen = F.pad(visible, (self._start, 0), value=True)
         else:
-            seen = after_prefix(visible, self._length, extent)
+            seen = after_prefix(visible, self.length, extent)
         view = SlotView(self.cache, self._row, draft.slot[:, first:stop], extent)
         return self.runner.context(view, self.tables, draft.position[:, first:stop], seen, key_position)
 
@@ -105,7 +124,7 @@ class State:
             begin = self._start + first
             span = SpanView(self.cache, begin, begin + count)
             return self.runner.chain_context(span, self.tables, begin, count)
-        slot = self._length + self._nodes[:, first + 1 : first + count + 1]  # [batch, count]
+        slot = self.length + self._nodes[:, first + 1 : first + count + 1]  # [batch, count]
         extent = max(self.lengths) + first + count
         key = self.tables.position[:, :extent]
         view = SlotView(self.cache, self._row, slot, extent)

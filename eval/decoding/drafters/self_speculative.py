@@ -41,11 +41,20 @@ class SelfSpeculative(Drafter):
         drafts = state.chain_length(self.num_speculations)
         tokens = [state.last]  # [batch, 1] each
         exits = []  # [batch, 1, hidden] each
+        q = []  # [batch, 1, vocab] each, if the drafts are drawn
         for index in range(drafts + 1):
             context = state.chain_context(index, 1)
-            exits.append(self.runner.run(self.runner.embed(tokens[-1]), 0, self.exit_layer, context))
-            if index < drafts:  # nobody drafts from the last one: the target does
-                tokens.append(self.runner.logits(exits[-1]).argmax(dim=-1))
+            drafting = index < drafts  # nobody drafts from the last one: the target does
+            result = self.runner.forward(tokens[-1], 0, self.exit_layer, context, head=drafting)
+            exits.append(result.hidden)
+            if result.logits is not None:
+                token, distribution = state.rule.draft(state, result.logits, tokens)
+                tokens.append(token)
+                if distribution is not None:
+                    q.append(distribution)
         return state.chain(
-            torch.cat(tokens, dim=1), entry_layer=self.exit_layer, hidden=torch.cat(exits, dim=1)
+            torch.cat(tokens, dim=1),
+            entry_layer=self.exit_layer,
+            hidden=torch.cat(exits, dim=1),
+            q=torch.cat(q, dim=1) if q else None,
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eval.decoding.speculate import Generation, decode
+from eval.decoding.speculate import Generation, Listener, decode
 from eval.decoding.strategies import make_drafter
 from layerskip_model.errors import UserError
 from layerskip_model.runner import Runner
@@ -186,8 +186,23 @@ def test_a_stop_inside_a_draft_ends_the_row_there() -> None:
         assert rows[1].finish_reason == "stop"
 
 
-def test_on_tokens_streams_every_token_once() -> None:
-    streamed: list[list[int]] = [[], [], []]
+class Recorder(Listener):
+    """Notes what it is told."""
+
+    wants_drafts = True
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int, list[int]]] = []
+
+    def drafted(self, row: int, tokens: list[int]) -> None:
+        self.events.append(("drafted", row, tokens))
+
+    def emitted(self, row: int, tokens: list[int]) -> None:
+        self.events.append(("emitted", row, tokens))
+
+
+def test_a_listener_hears_every_draft_and_every_token_once() -> None:
+    listener = Recorder()
     rows = run(
         AGREEING,
         PROMPTS,
@@ -195,9 +210,17 @@ def test_on_tokens_streams_every_token_once() -> None:
         exit_layer=1,
         num_speculations=4,
         eos_token_ids=[run(AGREEING, PROMPTS, "autoregressive")[1].tokens[3]],
-        on_tokens=lambda row, tokens: streamed[row].extend(tokens),
+        listener=listener,
     )
-    assert streamed == [row.tokens for row in rows]
+    for index, row in enumerate(rows):
+        mine = [(kind, tokens) for kind, to, tokens in listener.events if to == index]
+        assert [token for kind, tokens in mine if kind == "emitted" for token in tokens] == row.tokens
+        drafts = [tokens for kind, tokens in mine if kind == "drafted"]
+        assert sum(map(len, drafts)) == row.drafted
+        # What is emitted after a draft is its accepted part and one token more, or less of it at the end.
+        for (_, draft), (kind, won) in zip(mine[1::2], mine[2::2], strict=False):
+            assert kind == "emitted"
+            assert draft[: len(won) - 1] == won[:-1]
     assert all(row.prefill_seconds > 0 and row.decode_seconds > 0 for row in rows)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eval.decoding.acceptance import Greedy
 from eval.decoding.drafters.base import State
 from eval.decoding.tree import Draft, after_prefix, ancestor_mask, by_slot
 from layerskip_model.runner import Runner
@@ -82,7 +83,7 @@ def test_tree_logits_equal_a_pass_over_each_path(kind: str, prompts: list[list[i
     runner = Runner(model)
     generator = torch.Generator().manual_seed(3)
     with torch.inference_mode():
-        state = State(runner, len(prompts), 24, 7)
+        state = State(runner, prompts, 24, 7, Greedy())
         width = max(len(prompt) for prompt in prompts)
         padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
         runner.run(runner.embed(padded), 0, 4, state.chain_context(0, width))
@@ -110,7 +111,7 @@ def keep_and_compare(runner: Runner, state: State, draft: Draft, prompts: list[l
     for row, prompt in enumerate(prompts):
         text = prompt + draft.tokens[row, path].tolist()
         assert state.lengths[row] == len(text)
-        fresh = State(runner, 1, 24, 1)
+        fresh = State(runner, [text], 24, 1, Greedy())
         runner.run(runner.embed(torch.tensor([text])), 0, 4, fresh.chain_context(0, len(text)))
         for ours, theirs in zip(
             state.cache.keys + state.cache.values, fresh.cache.keys + fresh.cache.values, strict=True
