@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eval.benchmark import Request, run_benchmark
+    from eval.choosing import Choosing
     from eval.exits import heldout_texts, measure_exits
     from eval.generate import Generator
     from eval.report import write_report
     from eval.target import Target, load_target
 
 __all__ = [
+    "Choosing",
     "Generator",
     "Request",
     "Target",
@@ -23,6 +25,7 @@ __all__ = [
     "write_report",
 ]
 _MODULES = {
+    "Choosing": "choosing",
     "Generator": "generate",
     "Request": "benchmark",
     "Target": "target",

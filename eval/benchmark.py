@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from eval.clock import now
-from eval.contestants import Contestant, contestant_name, make_contestant
-from eval.decoding.acceptance import Greedy
-from eval.decoding.drafters.base import State
-from eval.decoding.speculate import Generation
+from eval.choosing import Choosing, peer_config
+from eval.contestants import ONE_PROMPT_ONLY, Contestant, contestant_name, make_contestant
 from eval.differences import Examiner
 from eval.environment import describe_environment
 from eval.exits import heldout_texts, measure_exits
-from eval.results import PromptResult, Report, StrategyResult, summarise
-from eval.statistics import distinct_trigram_share, predicted_self_speculation_speedup
+from eval.measure import Results, described, failure, measure, merged, warm_up
+from eval.memory import weight_bytes
+from eval.prediction import with_prediction
+from eval.prompts import (
+    HELDOUT,
+    Prompt,
+    dataset_path,
+    encode_prompts,
+    evenly_spaced,
+    make_batches,
+    warm_up_prompt,
+)
+from eval.ranks import ALONE, Ranks
+from eval.results import Report, StrategyResult
+from eval.summary import summarise
 from eval.target import Target
 from layerskip_model.errors import UserError
-from layerskip_model.jsonl import PromptRow, read_prompts
+from layerskip_model.jsonl import read_prompts
 
 BASELINE = "autoregressive"
 STRATEGIES = (BASELINE, "self_speculative", "hf_generate", "hf_early_exit")
-HELDOUT = "heldout"
-NUM_SAMPLES = 32
-SEED = 0  # of the bootstrap
-VERIFY_COST_REPEATS = 25
+TEMPERATURE = 0.8  # of what is measured beside the greedy table
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,13 @@ class Request:
         strategies: names of `eval.contestants`; the baseline is added when it is missing.
         exit_layer, num_speculations: for the strategies that take them; default: the run's suggestion.
         dataset: a JSONL file, or "heldout" for the held-out rows of the run that made the model.
-        num_samples: prompts; default: NUM_SAMPLES, or all of a file that has fewer.
+        num_samples: prompts; default: 32, or all of a file that has fewer.
         max_steps: new tokens a prompt.
+        batch_size: prompts decoded together.
+        sample: False for greedy decoding alone, True for sampling alone, None for both.
+        temperature: of the sampling; default: TEMPERATURE.
+        top_k, top_p: of the sampling; default: the checkpoint's own.
+        seed: of all that is drawn, the bootstrap's samples too.
 
     Raises UserError for what is wrong on any model.
     """
@@ -55,66 +61,107 @@ class Request:
     dataset: str | Path = HELDOUT
     num_samples: int | None = None
     max_steps: int = 128
+    batch_size: int = 1
+    sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.strategies:
             raise UserError(f"--strategies: is empty; name some, such as {','.join(STRATEGIES)}")
         for name in self.strategies:
             contestant_name(name)
-        for flag in ("num_samples", "max_steps"):
+        for flag in ("num_samples", "max_steps", "batch_size"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UserError(f"--{flag} {value}: give 1 or more")
+        self.choosings()
+
+    def choosings(self) -> list[Choosing]:
+        """The ways of choosing tokens that are measured, greedy first. Raises UserError."""
+        if self.sample is False:
+            return [Choosing(False, self.temperature, self.top_k, self.top_p, self.seed)]
+        temperature = TEMPERATURE if self.temperature is None else self.temperature
+        sampling = Choosing(True, temperature, self.top_k, self.top_p, self.seed)
+        return [sampling] if self.sample else [Choosing(seed=self.seed), sampling]
 
 
 def run_benchmark(target: Target, request: Request) -> Report:
     """Run the protocol and return the report. Raises UserError for what the user can mend, before timing anything.
 
-    A prompt that a strategy fails on is reported as failed and takes part in no ratio.
+    A prompt that a strategy fails on is reported as failed, with all of its batch, and takes part in no ratio.
+    A prompt that no strategy could decode is reported as failed and comes into no batch.
     """
+    report = run_together(target, request, ALONE)
+    assert report is not None
+    return report
+
+
+def run_together(target: Target, request: Request, ranks: Ranks) -> Report | None:
+    """`run_benchmark` with the batches split over processes; the report is the first one's, None the others'."""
     # 1. Everything that can be refused is refused now.
-    given = settings_for(target, request)
-    names = dict.fromkeys([BASELINE, *map(contestant_name, request.strategies)])
-    contestants = [make_contestant(name, target, request.max_steps, given) for name in names]
+    contestants, skipped = make_contestants(target, request)
     dataset = dataset_path(target, request.dataset)
     rows = read_prompts(dataset)
     chosen = evenly_spaced(rows, request.num_samples)
-    prompts = [target.encode(row.prompt) for row in chosen]
-    warm_up = warm_up_prompt(target, rows, chosen)
+    prompts = encode_prompts(target, chosen)
+    batches, unfit = make_batches(target, prompts, request.batch_size)
+    aside = warm_up_prompt(target, rows, chosen)
+    share = ranks.share(batches)
     run = target.run
     texts = heldout_texts(run.heldout) if run is not None else []
     training = run.training_points() if run is not None else None
     length = run.length if run is not None else 0
 
-    # 2. Warm up on a prompt that is not measured. What fails here fails there too, and is reported there.
-    for contestant in contestants:
-        with suppress(Exception):
-            contestant.decode(warm_up)
+    # 2. Warm up on a prompt that is not measured.
+    warm_up(contestants, aside, request.batch_size)
 
     # 3. Time, compare, and say what came of it.
-    results = run_interleaved(contestants, prompts, chosen, target)
+    shares = ranks.exchange(measure(contestants, share, target, show=ranks.is_first))
+    if not ranks.is_first:
+        return None
+    results = merged(shares)
+    for found in results.values():
+        found |= {index: failure(prompts[index], described(error)) for index, error in unfit.items()}
     judge(results, prompts, Examiner(target))
-    baseline = [measured.result for measured in results[BASELINE]]
-    strategies = [
-        conclude(target, contestant, results[contestant.name], None if i == 0 else baseline)
-        for i, contestant in enumerate(contestants)
-    ]
+    strategies = conclude(target, contestants, results, request.seed)
     return Report(
         title=f"Decoding {Path(target.name).name if run is None else run.directory.name}",
         model=target.name,
         baseline=BASELINE,
-        environment=describe_environment(target, SEED),
+        environment=describe_environment(target, request.seed),
         settings={
             "dataset": str(dataset),
             "num_samples": len(chosen),
             "max_steps": request.max_steps,
-            "sampling": "greedy",
-            "batch": 1,
+            "batch_size": request.batch_size,
+            "weight_bytes": weight_bytes(target.model, target.runner.device),
+            **ranks.settings(target.runner.device),
+            **choosing_settings(target, request),
         },
-        strategies=strategies,
+        strategies=[strategy for strategy in strategies if not strategy.sampled],
+        sampled=[strategy for strategy in strategies if strategy.sampled],
+        skipped=skipped,
         exits=measure_exits(target.model, target.tokenizer, texts, length) if run is not None else None,
         training=training,
     )
+
+
+def make_contestants(target: Target, request: Request) -> tuple[list[Contestant], dict[str, str]]:
+    """The strategies to measure, greedy and sampled as asked for, and by name why others are left out."""
+    given = settings_for(target, request)
+    names = dict.fromkeys([BASELINE, *map(contestant_name, request.strategies)])
+    skipped = {name: ONE_PROMPT_ONLY[name] for name in names if name in ONE_PROMPT_ONLY}
+    skipped = skipped if request.batch_size > 1 else {}
+    contestants = [
+        make_contestant(name, target, request.max_steps, given, choosing)
+        for choosing in request.choosings()
+        for name in names
+        if name not in skipped
+    ]
+    return contestants, skipped
 
 
 def settings_for(target: Target, request: Request) -> dict[str, Any]:
@@ -124,175 +171,47 @@ def settings_for(target: Target, request: Request) -> dict[str, Any]:
     return {key: suggested.get(key) if value is None else value for key, value in given.items()}
 
 
-def dataset_path(target: Target, dataset: str | Path) -> Path:
-    """The file of prompts. Raises UserError for "heldout" without a run that left one."""
-    if str(dataset) != HELDOUT:
-        return Path(dataset)
-    if target.run is None:
-        raise UserError(
-            f"--dataset heldout: '{target.name}' lies in no training run; name a JSONL file of prompts"
-        )
-    return target.run.heldout
+def choosing_settings(target: Target, request: Request) -> dict[str, dict[str, Any]]:
+    """How tokens were chosen, in transformers' words: "greedy" and "sampling", those that were measured."""
+    return {
+        "sampling" if choosing.sample else "greedy": peer_config(target, choosing)
+        for choosing in request.choosings()
+    }
 
 
-def evenly_spaced(rows: list[PromptRow], count: int | None) -> list[PromptRow]:
-    """`count` rows from all over the file. Raises UserError where it has fewer."""
-    count = min(NUM_SAMPLES, len(rows)) if count is None else count
-    if count > len(rows):
-        raise UserError(f"--num_samples {count}: the dataset has only {len(rows)} prompts; give {len(rows)}")
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
-def warm_up_prompt(target: Target, rows: list[PromptRow], chosen: list[PromptRow]) -> list[int]:
-    """A prompt that is not among the chosen ones; half of one where all are.
-
-    Raises UserError where no chosen prompt fits the model's context: there is nothing to measure.
-    """
-    room = target.runner.context_length - 1
-    fitting = [tokens for row in chosen if len(tokens := target.encode(row.prompt)) <= room]
-    if not fitting:
-        raise UserError(
-            f"no prompt of the dataset fits the model's context of {room + 1} tokens; give shorter ones"
-        )
-    lines = {row.line for row in chosen}
-    for row in rows:
-        if row.line not in lines and len(tokens := target.encode(row.prompt)) <= room:
-            return tokens
-    return fitting[0][: max(1, len(fitting[0]) // 2)]
-
-
-@dataclass
-class Measured:
-    """One prompt's result, and the token ids that it is about."""
-
-    result: PromptResult
-    tokens: list[int]
-
-
-def run_interleaved(
-    contestants: list[Contestant], prompts: list[list[int]], rows: list[PromptRow], target: Target
-) -> dict[str, list[Measured]]:
-    """Each prompt by every strategy in turn, in an order that rotates, so a slow minute hits them all."""
-    results: dict[str, list[Measured]] = {contestant.name: [] for contestant in contestants}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("benchmark", total=len(prompts) * len(contestants))
-        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            shift = index % len(contestants)
-            for contestant in contestants[shift:] + contestants[:shift]:
-                results[contestant.name].append(measure(contestant, index, prompt, row, target))
-                progress.advance(task)
-    return results
-
-
-def measure(
-    contestant: Contestant, index: int, prompt: list[int], row: PromptRow, target: Target
-) -> Measured:
-    """Decode one prompt; a failure is a result too."""
-    source = f"{row.source}:{row.line}"
-    try:
-        generation = contestant.decode(prompt)
-    except Exception as error:  # whatever happens to one prompt must not lose the others
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return Measured(PromptResult(index=index, source=source, status="failed", error=reason), [])
-    return Measured(_result(contestant, index, source, prompt, generation, target), generation.tokens)
-
-
-def _result(
-    contestant: Contestant,
-    index: int,
-    source: str,
-    prompt: list[int],
-    generation: Generation,
-    target: Target,
-) -> PromptResult:
-    apart = contestant.ours  # transformers does not tell prefill from decode
-    return PromptResult(
-        index=index,
-        source=source,
-        prompt_tokens=len(prompt),
-        new_tokens=len(generation.tokens),
-        seconds=generation.prefill_seconds + generation.decode_seconds,
-        prefill_seconds=generation.prefill_seconds if apart else None,
-        decode_seconds=generation.decode_seconds if apart else None,
-        finish_reason=generation.finish_reason,
-        target_forwards=generation.target_forwards if apart else None,
-        accepted_lengths=generation.accepted_lengths,
-        drafted=generation.drafted,
-        accepted=generation.accepted,
-        proposals_at=generation.proposals_at,
-        accepted_at=generation.accepted_at,
-        distinct_trigram_share=distinct_trigram_share([generation.tokens]),
-        text=str(target.tokenizer.decode(generation.tokens)),
-    )
-
-
-def judge(results: dict[str, list[Measured]], prompts: list[list[int]], examiner: Examiner) -> None:
-    """Compare every output with the baseline's, token by token."""
-    for name, measured in results.items():
-        if name == BASELINE:
+def judge(results: Results, prompts: Sequence[Prompt], examiner: Examiner) -> None:
+    """Compare every greedy output with the baseline's, token by token. What is drawn may differ."""
+    for (name, sampled), measured in results.items():
+        if name == BASELINE or sampled:
             continue
-        for prompt, ours, reference in zip(prompts, measured, results[BASELINE], strict=True):
+        for index, ours in measured.items():
+            reference = results[BASELINE, sampled][index]
             if "failed" in (ours.result.status, reference.result.status):
                 continue
-            difference = examiner.compare(prompt, reference.tokens, ours.tokens)
+            difference = examiner.compare(prompts[index].tokens, reference.tokens, ours.tokens)
             ours.result = ours.result.model_copy(
                 update={"tokens_equal": difference is None, "difference": difference}
             )
 
 
 def conclude(
-    target: Target,
-    contestant: Contestant,
-    measured: list[Measured],
-    baseline: list[PromptResult] | None,
-) -> StrategyResult:
-    """A strategy's summary; for self-speculation with the speedup that its acceptance predicts."""
-    results = [one.result for one in measured]
-    summary = summarise(
-        contestant.name,
-        results,
-        baseline,
-        label=contestant.label,
-        lossless=True,
-        chain=contestant.ours,
-        settings=contestant.settings,
-        seed=SEED,
-    )
-    if contestant.name != "self_speculative" or summary.acceptance_length is None:
-        return summary
-    exit_layer, drafts = contestant.settings["exit_layer"], contestant.settings["num_speculations"]
-    middles = [r.prompt_tokens + r.new_tokens / 2 for r in results if r.status == "ok"]
-    length = int(statistics.median(middles))
-    cost = verify_cost(target, exit_layer, drafts + 1, length)
-    accepted = min(summary.acceptance_length - 1.0, drafts)
-    predicted = predicted_self_speculation_speedup(
-        accepted, drafts, exit_layer, target.runner.num_layers, cost
-    )
-    return summary.model_copy(update={"predicted_speedup": predicted, "verify_cost": cost})
-
-
-@torch.inference_mode()
-def verify_cost(target: Target, exit_layer: int, rows: int, length: int) -> float:
-    """v: the upper layers' time for `rows` rows after `length` cached tokens, over that for one row."""
-    runner = target.runner
-    length = max(1, min(length, runner.context_length - rows))
-    state = State(runner, [[1] * length], length, rows, Greedy())
-    hidden = runner.embed(torch.ones((1, length), dtype=torch.long, device=runner.device))
-    runner.run(hidden, 0, runner.num_layers, state.chain_context(0, length))
-    state.cache.lengths = [length]
-    state.begin_step([1], [rows], [False])
-    seconds: dict[int, list[float]] = {1: [], rows: []}
-    for _ in range(VERIFY_COST_REPEATS):
-        for count in seconds:
-            hidden = runner.embed(torch.ones((1, count), dtype=torch.long, device=runner.device))
-            began = now(runner.device)
-            runner.run(hidden, exit_layer, runner.num_layers, state.chain_context(0, count))
-            seconds[count].append(now(runner.device) - began)
-    return statistics.median(seconds[rows]) / statistics.median(seconds[1])
+    target: Target, contestants: Sequence[Contestant], results: Results, seed: int
+) -> list[StrategyResult]:
+    """Each strategy's summary; for self-speculation with the speedup that its acceptance predicts."""
+    found = {key: [measured[i].result for i in sorted(measured)] for key, measured in results.items()}
+    summaries = [
+        summarise(
+            contestant.name,
+            found[contestant.key],
+            None if contestant.name == BASELINE else found[BASELINE, contestant.choosing.sample],
+            label=contestant.label,
+            lossless=True,
+            chain=contestant.ours,
+            settings=contestant.settings,
+            sampled=contestant.choosing.sample,
+            weight_bytes=weight_bytes(target.model, target.runner.device),
+            seed=seed,
+        )
+        for contestant in contestants
+    ]
+    return [with_prediction(target, summary) for summary in summaries]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class Column:
     """A table's column: its title, what it means in one line, and a row's text in it.
 
     text: whether it is prose. short: the title where space is scarce, with its line breaks; "" leaves the
-    column out there.
+    column out there. spare: where even that does not fit, the highest goes first and 0 never.
     """
 
     title: str
@@ -28,12 +28,16 @@ class Column:
     cell: Callable[[Any], str]
     text: bool = False
     short: str | None = None
+    spare: int = 0
 
 
 @dataclass(frozen=True)
 class StrategyRow:
+    """A strategy of a table, and the same one sampled where the table is the greedy one."""
+
     strategy: StrategyResult
     is_baseline: bool
+    sampled: StrategyResult | None = None
 
 
 def number(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
@@ -68,22 +72,26 @@ def _identical(row: StrategyRow) -> str:
     return f"{row.strategy.equal}/{row.strategy.compared}" if row.strategy.compared else NONE
 
 
+def _megabytes(count: int | None) -> str:
+    return number(count, ".1f", scale=1e-6)
+
+
 STRATEGY_COLUMNS = [
     Column("Strategy", "The decoding method with its settings.", _name),
     Column(
         "Tokens/s",
-        "New tokens over wall time, prefill included, all prompts pooled.",
+        "New tokens over wall time, prefill included, all batches pooled.",
         lambda row: number(row.strategy.tokens_per_second and row.strategy.tokens_per_second.value, ".1f"),
         short="Tokens\n/s",
     ),
     Column(
         "Speedup",
-        "Tokens per second over the baseline's for the same prompt; the median over prompts.",
+        "Tokens per second over the baseline's for the same batch; the median over batches.",
         lambda row: interval(row.strategy.speedup_median),
     ),
     Column(
         "Pooled speedup",
-        "Tokens per second of all prompts together over the baseline's; long outputs weigh more.",
+        "Tokens per second of all batches together over the baseline's; long outputs weigh more.",
         lambda row: interval(row.strategy.speedup_pooled),
         short="",
     ),
@@ -104,6 +112,7 @@ STRATEGY_COLUMNS = [
         "Accepted drafts over drafted tokens; for chains only.",
         lambda row: number(row.strategy.acceptance_rate),
         short="Acc.\nrate",
+        spare=2,
     ),
     Column(
         "Identical outputs",
@@ -116,12 +125,47 @@ STRATEGY_COLUMNS = [
         "Distinct over all trigrams of an output, mean over outputs; low means that the text loops.",
         lambda row: number(row.strategy.distinct_trigram_share),
         short="Tri-\ngrams",
+        spare=1,
     ),
     Column(
         "Prefill ms",
-        "Time to the first token, the median over prompts.",
+        "Time to the first token, the median over batches.",
         lambda row: number(row.strategy.prefill_seconds, ".1f", scale=1000),
         short="Prefill\nms",
+        spare=3,
+    ),
+]
+MEMORY_COLUMNS = [
+    Column("Strategy", "", _name),
+    Column(
+        "Peak MB",
+        "The most memory in use at once: on a GPU what tensors occupy, on a CPU the whole process with Python"
+        " and its libraries.",
+        lambda row: _megabytes(row.strategy.peak_bytes),
+    ),
+    Column(
+        "Added MB",
+        "Of it, what was not in use before the decode: cache, exit states, activations, logits.",
+        lambda row: _megabytes(row.strategy.added_bytes),
+    ),
+    Column(
+        "Ratio",
+        "The model's weights and what was added, over the same for the baseline.",
+        lambda row: number(row.strategy.memory_ratio, ".3f"),
+    ),
+]
+SAMPLED_COLUMNS = [
+    Column(
+        "Sampled speedup",
+        "The speedup where tokens are drawn, over the baseline that draws them too; more of it is below.",
+        lambda row: interval(row.sampled and row.sampled.speedup_median),
+        short="Sampled\nspeedup",
+    ),
+    Column(
+        "Sampled length",
+        "The acceptance length of what is drawn.",
+        lambda row: number(row.sampled and row.sampled.acceptance_length),
+        short="Sampled\nlength",
     ),
 ]
 
@@ -139,6 +183,27 @@ EXIT_COLUMNS = [
 ]
 
 
-def strategy_rows(report: Report) -> list[StrategyRow]:
-    """The strategies in the report's order, the baseline marked."""
-    return [StrategyRow(s, s.name == report.baseline and s.speedup_median is None) for s in report.strategies]
+def strategy_columns(report: Report) -> list[Column]:
+    """The columns of the first table of strategies: with the sampled twins' where it is the greedy one."""
+    if not (report.strategies and report.sampled):
+        return STRATEGY_COLUMNS
+    place = 1 + [column.title for column in STRATEGY_COLUMNS].index("Acceptance length")
+    return [*STRATEGY_COLUMNS[:place], *SAMPLED_COLUMNS, *STRATEGY_COLUMNS[place:]]
+
+
+def strategy_rows(report: Report, strategies: Sequence[StrategyResult]) -> list[StrategyRow]:
+    """These strategies of the report in their order, the baseline marked, with their sampled twins."""
+    twins = {strategy.name: strategy for strategy in report.sampled}
+    return [
+        StrategyRow(s, s.name == report.baseline, None if s.sampled else twins.get(s.name))
+        for s in strategies
+    ]
+
+
+def how_sampled(report: Report) -> str:
+    """`at temperature 0.8, top_k 50`, as far as the report says."""
+    settings = report.settings.get("sampling")
+    given = settings if isinstance(settings, dict) else {}
+    off = {"temperature": None, "top_k": 0, "top_p": 1.0}
+    parts = [f"{name} {given[name]}" for name in off if given.get(name) not in (None, off[name])]
+    return f"at {', '.join(parts)}" if parts else "by the checkpoint's settings"

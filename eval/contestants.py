@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from eval import peers
+from eval.choosing import Choosing, make_rule
 from eval.decoding.speculate import Generation, decode
 from eval.decoding.strategies import ALIASES, STRATEGIES, make_drafter
 from eval.target import Target
@@ -19,6 +20,8 @@ PEERS: dict[str, tuple[Callable[..., peers.Decode], str, tuple[str, ...]]] = {
     "hf_early_exit": (peers.hf_early_exit, "transformers early exit", ("exit_layer", "num_speculations")),
 }
 """name -> (maker, label, settings it needs)"""
+ONE_PROMPT_ONLY = {"hf_early_exit": "transformers drafts for one prompt at a time"}
+"""Strategies that take part at batch size 1 only, and why."""
 
 
 def contestant_name(name: str) -> str:
@@ -32,24 +35,37 @@ def contestant_name(name: str) -> str:
     return found
 
 
+Key = tuple[str, bool]
+"""A strategy's name, and whether it samples."""
+
+
 @dataclass(frozen=True)
 class Contestant:
-    """One row of the table: decodes one prompt at a time, greedily."""
+    """One row of a table. `decode` continues prompts in one batch, each with its stream of random numbers."""
 
     name: str
     label: str
     settings: dict[str, Any]
-    decode: Callable[[list[int]], Generation]
+    choosing: Choosing
+    decode: peers.Decode
     ours: bool
 
+    @property
+    def key(self) -> Key:
+        """What tells it apart from the others of its benchmark."""
+        return self.name, self.choosing.sample
 
-def make_contestant(name: str, target: Target, max_new_tokens: int, given: dict[str, Any]) -> Contestant:
-    """The strategy of that name with those of the `given` settings that it takes.
 
-    The baseline, autoregressive, always runs the whole model. Raises UserError for an unknown name and for
-    missing or impossible settings.
+def make_contestant(
+    name: str, target: Target, max_new_tokens: int, given: dict[str, Any], choosing: Choosing | None = None
+) -> Contestant:
+    """The strategy of that name with those of the `given` settings that it takes; greedy by default.
+
+    The baseline, autoregressive, always runs the whole model. Raises UserError for an unknown name, for
+    missing or impossible settings, and for a generation config that cannot be honoured.
     """
     name = contestant_name(name)
+    choosing = Choosing() if choosing is None else choosing
     if name in PEERS:
         make, label, needs = PEERS[name]
         missing = [key for key in needs if given.get(key) is None]
@@ -58,17 +74,25 @@ def make_contestant(name: str, target: Target, max_new_tokens: int, given: dict[
         settings = {key: given[key] for key in needs}
         if needs:
             make_drafter("self_speculative", target.runner, **settings)  # the same settings, the same limits
-        return Contestant(name, label, settings, make(target, max_new_tokens, **settings), ours=False)
+        decode_batch = make(target, max_new_tokens, choosing, **settings)
+        return Contestant(name, label, settings, choosing, decode_batch, ours=False)
     fields = {field.name for field in dataclasses.fields(STRATEGIES[name].Settings)}
     settings = {key: value for key, value in given.items() if key in fields and value is not None}
     if name == "autoregressive":
         settings = {}
     drafter = make_drafter(name, target.runner, **settings)
+    make_rule(target, choosing)
 
-    def run(prompt: list[int]) -> Generation:
-        fresh = make_drafter(name, target.runner, **settings)
-        eos = target.eos_token_ids
-        return decode(target.runner, fresh, [prompt], max_new_tokens=max_new_tokens, eos_token_ids=eos)[0]
+    def run(prompts: list[list[int]], streams: list[int]) -> list[Generation]:
+        return decode(
+            target.runner,
+            make_drafter(name, target.runner, **settings),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=target.eos_token_ids,
+            rule=make_rule(target, choosing),
+            streams=streams,
+        )
 
     shown = {key: value for key, value in dataclasses.asdict(drafter.settings).items() if value is not None}
-    return Contestant(name, name.replace("_", " "), shown, run, ours=True)
+    return Contestant(name, name.replace("_", " "), shown, choosing, run, ours=True)

@@ -14,6 +14,7 @@ import torch
 
 from eval.results import Environment
 from eval.target import Target
+from layerskip_model.formats.huggingface import QUANTIZATIONS
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy")
 
@@ -23,9 +24,9 @@ def describe_environment(target: Target, seed: int) -> Environment:
     device = target.runner.device
     return Environment(
         versions=versions(),
-        device=str(device),
+        device=_places(target),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        dtype=str(target.runner.dtype).removeprefix("torch."),
+        dtype=_dtype(target),
         attn_implementation=target.model.config._attn_implementation or "default",
         threads=torch.get_num_threads(),
         platform=platform.platform(),
@@ -64,6 +65,25 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _places(target: Target) -> str:
+    """The device, or all that the model is spread over, "disk" among them."""
+    spread = getattr(target.model, "hf_device_map", {}).values()
+    places = [f"cuda:{place}" if isinstance(place, int) else str(place) for place in spread]
+    return ", ".join(dict.fromkeys(places)) or str(target.runner.device)
+
+
+def _dtype(target: Target) -> str:
+    """What is computed in, and how the weights are stored where they are quantized."""
+    name = str(target.runner.dtype).removeprefix("torch.")
+    config = getattr(target.model.config, "quantization_config", None)
+    if config is None:
+        return name
+    stored = config if isinstance(config, dict) else config.to_dict()
+    method = getattr(stored["quant_method"], "value", stored["quant_method"])
+    bits = "".join(f"{kind} " for kind in QUANTIZATIONS if stored.get(f"load_in_{kind}"))
+    return f"{name}, {bits}weights of {method}"
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""transformers' own decoding, as peers in the same table: set up as its users do, and greedy like ours."""
+"""transformers' own decoding, as peers in the same table: set up as its users do, choosing tokens as ours does."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from eval.choosing import Choosing, peer_config
 from eval.clock import now
-from eval.decoding.speculate import Generation, check_prompt
+from eval.decoding.speculate import Generation, row_limits
 from eval.target import Target
 
-Decode = Callable[[list[int]], Generation]
+Decode = Callable[[list[list[int]], list[int]], list[Generation]]
+"""Prompts and the streams of their random numbers -> what each got."""
 
 
-def hf_generate(target: Target, max_new_tokens: int) -> Decode:
-    """`model.generate`, greedy."""
-    return _generate(target, max_new_tokens, {}, {})
+def hf_generate(target: Target, max_new_tokens: int, choosing: Choosing) -> Decode:
+    """`model.generate`."""
+    return _generate(target, max_new_tokens, choosing, {}, {})
 
 
-def hf_early_exit(target: Target, max_new_tokens: int, exit_layer: int, num_speculations: int) -> Decode:
-    """`model.generate(assistant_early_exit=E)`, drafting a constant number of tokens."""
+def hf_early_exit(
+    target: Target, max_new_tokens: int, choosing: Choosing, exit_layer: int, num_speculations: int
+) -> Decode:
+    """`model.generate(assistant_early_exit=E)`, drafting a constant number of tokens, for one prompt at a time."""
     # transformers takes the first from the call and the others from the assistant's generation config, and
     # the assistant is the model itself. Without a threshold of zero unsure drafts are cut short.
     drafting = {
@@ -32,32 +36,44 @@ def hf_early_exit(target: Target, max_new_tokens: int, exit_layer: int, num_spec
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
-    return _generate(target, max_new_tokens, {"assistant_early_exit": exit_layer}, drafting)
+    return _generate(target, max_new_tokens, choosing, {"assistant_early_exit": exit_layer}, drafting)
 
 
 def _generate(
-    target: Target, max_new_tokens: int, call: dict[str, Any], model_wide: dict[str, Any]
+    target: Target, max_new_tokens: int, choosing: Choosing, call: dict[str, Any], model_wide: dict[str, Any]
 ) -> Decode:
-    eos = target.eos_token_ids
-    greedy = {"do_sample": False, "eos_token_id": eos or None, "pad_token_id": eos[0] if eos else 0}
-    model = with_generation_config(target.model, GenerationConfig(**greedy, **model_wide))
+    eos, runner = target.eos_token_ids, target.runner
+    pad = eos[0] if eos else 0
+    chosen = peer_config(target, choosing) | {"eos_token_id": eos or None, "pad_token_id": pad}
+    model = with_generation_config(target.model, GenerationConfig(**chosen, **model_wide))
 
-    def decode(prompt: list[int]) -> Generation:
-        check_prompt(target.runner, 0, prompt)
-        room = target.runner.context_length - len(prompt)
-        config = GenerationConfig(**greedy, **call, max_new_tokens=min(max_new_tokens, room))
-        tokens = torch.tensor([prompt], device=target.runner.device)
-        mask = torch.ones_like(tokens)
-        with _quiet_and_restored(model):
-            began = now(target.runner.device)
+    def decode(prompts: list[list[int]], streams: list[int]) -> list[Generation]:
+        limits = row_limits(runner, prompts, max_new_tokens, frozenset(eos), None)
+        longest = max(limit.room for limit in limits)
+        config = GenerationConfig(**chosen, **call, max_new_tokens=longest)
+        width = max(map(len, prompts))
+        padded = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+        tokens = torch.tensor(padded, device=runner.device)
+        real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        mask = torch.tensor(real, device=runner.device)
+        with _quiet_and_restored(model), _seeded(choosing.seed, streams[0], runner.device):
+            began = now(runner.device)
             output = model.generate(tokens, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-            seconds = now(target.runner.device) - began
-        new = output[0, len(prompt) :].tolist()
-        at_room = "length" if max_new_tokens <= room else "context"
-        reason = "eos" if new and new[-1] in eos else at_room
-        return Generation(tokens=new, finish_reason=reason, decode_seconds=seconds)
+            seconds = now(runner.device) - began
+        generations = [Generation(decode_seconds=seconds) for _ in prompts]
+        for limit, generation, row in zip(limits, generations, output[:, width:].tolist(), strict=True):
+            limit.extend(generation, row)  # up to the row's own end; what follows is padding
+        return generations
 
     return decode
+
+
+@contextmanager
+def _seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
+    """transformers draws from torch's generators, one stream for a whole batch: seed them by its first."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(hash((seed, stream)))
+        yield
 
 
 def with_generation_config(model: PreTrainedModel, config: GenerationConfig) -> PreTrainedModel:
@@ -74,18 +90,24 @@ def with_generation_config(model: PreTrainedModel, config: GenerationConfig) -> 
 def _quiet_and_restored(model: PreTrainedModel) -> Iterator[None]:
     """Mend what `assistant_early_exit` leaves: a shortened model after a failure, and a deprecation warning.
 
-    The warning is about how transformers' own drafting calls `generate`.
+    That warning is about how transformers' own drafting calls `generate`. Another is about a padded batch that
+    grows longer than the context, though none of its rows is used beyond it.
     """
     config = model.config.get_text_config()
     num_layers = config.num_hidden_layers
-    logger = logging.getLogger("transformers.generation.utils")
-    logger.addFilter(_no_deprecation)
+    loggers = [
+        logging.getLogger(f"transformers.generation.{part}") for part in ("utils", "stopping_criteria")
+    ]
+    for logger in loggers:
+        logger.addFilter(_not_needless)
     try:
         yield
     finally:
-        logger.removeFilter(_no_deprecation)
+        for logger in loggers:
+            logger.removeFilter(_not_needless)
         config.num_hidden_layers = num_layers
 
 
-def _no_deprecation(record: logging.LogRecord) -> bool:
-    return "together with generation-related" not in record.getMessage()
+def _not_needless(record: logging.LogRecord) -> bool:
+    needless = ("together with generation-related", "exceeded the model's predefined maximum length")
+    return not any(text in record.getMessage() for text in needless)

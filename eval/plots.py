@@ -43,8 +43,9 @@ STYLE: Any = {
 
 
 def marked(strategy: StrategyResult) -> str:
-    """The strategy's label, saying so where it is not lossless."""
-    return strategy.label if strategy.lossless else f"{strategy.label} (not lossless)"
+    """The strategy's label, saying so where it samples and where it is not lossless."""
+    sampled = " (sampled)" if strategy.sampled else ""
+    return strategy.label + sampled + ("" if strategy.lossless else " (not lossless)")
 
 
 def to_svg(figure: Figure) -> str:

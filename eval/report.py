@@ -13,10 +13,11 @@ from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from eval.columns import EXIT_COLUMNS, STRATEGY_COLUMNS, Column, strategy_rows
+from eval.columns import EXIT_COLUMNS, Column, how_sampled, strategy_columns, strategy_rows
 from eval.plots import plot_exits, to_svg
 from eval.results import ExitQuality, Report
 from eval.sections import headline, sections
@@ -50,26 +51,44 @@ def write_report(report: Report, output_dir: Path) -> None:
 
 
 def strategy_table(report: Report) -> Table:
-    """The strategies for the terminal, the report's own columns; what must not be missed is the caption."""
-    table = _rich_table("Strategies", STRATEGY_COLUMNS, strategy_rows(report))
+    """The strategies for the terminal, the report's own columns; what must not be missed is the caption.
+
+    Those that were only sampled, or else the greedy ones with what became of them when sampled.
+    """
+    ways = ["greedy"] if report.strategies else []
+    ways += [f"sampled {how_sampled(report)}"] if report.sampled else []
+    rows = strategy_rows(report, report.strategies or report.sampled)
+    table = _fitting(f"Strategies, {' and '.join(ways)}", strategy_columns(report), rows)
     table.caption = Text("\n".join(headline(report)), justify="left")
     return table
 
 
 def exits_table(exits: Sequence[ExitQuality]) -> Table:
     """The quality of every exit for the terminal, shallowest first."""
-    return _rich_table("Exits", EXIT_COLUMNS, sorted(exits, key=lambda e: e.layer))
+    return _fitting("Exits", EXIT_COLUMNS, sorted(exits, key=lambda e: e.layer))
+
+
+def _fitting(title: str, columns: Sequence[Column], rows: Sequence[Any]) -> Table:
+    """A table of TABLE_WIDTH, without the columns that can be spared as far as it needs their room."""
+    shown = [column for column in columns if column.short != ""]
+    console = Console(width=TABLE_WIDTH)
+    while True:
+        table = _rich_table(title, shown, rows)
+        needed = Measurement.get(console, console.options.update(max_width=10 * TABLE_WIDTH), table).minimum
+        least = max(shown, key=lambda column: column.spare)
+        if needed <= TABLE_WIDTH or least.spare == 0:
+            return table
+        shown.remove(least)
 
 
 def _rich_table(title: str, columns: Sequence[Column], rows: Sequence[Any]) -> Table:
     """Only the first column gives way on a narrow terminal, so that no number is ever cut."""
     table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=0)
-    shown = [column for column in columns if column.short != ""]
-    table.add_column(shown[0].title, overflow="fold", min_width=10)
-    for column in shown[1:]:
+    table.add_column(columns[0].title, overflow="fold", min_width=10)
+    for column in columns[1:]:
         table.add_column(column.short or column.title, justify="right", no_wrap=True)
     for row in rows:
-        first, *numbers = (column.cell(row) for column in shown)
+        first, *numbers = (column.cell(row) for column in columns)
         # Text: a "[" is no markup. An interval goes below its value, a setting below its strategy.
         name = Text(first.replace(", ", ",\n "))
         table.add_row(name, *(Text(cell.replace(" [", "\n[")) for cell in numbers))

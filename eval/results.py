@@ -1,4 +1,4 @@
-"""What `report.json` holds, and how measured prompts become a strategy's summary.
+"""What `report.json` holds.
 
 Definitions: acceptance length, acceptance rate, tokens per second and speedup mean the same here, in the
 tables and in the plots. Seconds are wall time; token counts are counted from token ids.
@@ -6,15 +6,13 @@ tables and in the plots. Seconds are wall time; token counts are counted from to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
-from statistics import median
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import to_jsonable_python
 
-from eval.statistics import Estimate, median_ratio, pooled_rate, pooled_ratio
+from eval.statistics import Estimate
 
 
 def _to_json(value: Any) -> Any:
@@ -63,6 +61,10 @@ class Difference(_Record):
 class PromptResult(_Record):
     """One prompt decoded by one strategy. A failed prompt has an error and no numbers.
 
+    batch: the number of the batch that it was decoded in; None where it failed before it came into one.
+    seconds, prefill_seconds, decode_seconds: wall time of that whole batch, the same for all its prompts.
+    peak_bytes, added_bytes: the peak of memory while that batch was decoded, and how much of it was not in use
+    before; None where it was not measured (it is for the largest batch).
     accepted_lengths: tokens gained by each target forward after the prefill, the bonus token counted, before
     the final cut at EOS or the limit; empty where a generator does not tell (transformers' own).
     drafted and accepted count draft tokens. proposals_at[i] and accepted_at[i]: rounds whose draft reached
@@ -72,6 +74,7 @@ class PromptResult(_Record):
 
     index: int
     source: str = ""
+    batch: int | None = None
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
     prompt_tokens: int = 0
@@ -79,6 +82,8 @@ class PromptResult(_Record):
     seconds: float = 0.0
     prefill_seconds: float | None = None
     decode_seconds: float | None = None
+    peak_bytes: int | None = None
+    added_bytes: int | None = None
     finish_reason: str | None = None
     target_forwards: int | None = None
     accepted_lengths: list[int] = Field(default_factory=list)
@@ -97,15 +102,19 @@ class PromptResult(_Record):
             raise ValueError(f"prompt {self.index}: a failed prompt, and only that, has an error text")
         if self.status == "failed" and (self.new_tokens or self.seconds):
             raise ValueError(f"prompt {self.index} failed, so it must have no new_tokens and no seconds")
+        if self.status == "ok" and self.batch is None:
+            raise ValueError(f"prompt {self.index} did not fail, so it was in a batch")
         return self
 
 
 class StrategyResult(_Record):
     """A strategy's prompts and their summary, made by `summarise`.
 
-    tokens_per_second is pooled over the prompts that did not fail. The speedups, None for the baseline, are
-    over the prompts that failed neither here nor there; left_out counts the prompts that they lack.
-    prefill_seconds is a median. acceptance_rate is for chains only. acceptance_at[i] is the share of the
+    sampled: whether its tokens were drawn; else it is greedy. tokens_per_second is pooled over the batches that
+    did not fail. The speedups, None for the baseline, are over the batches that failed neither here nor there;
+    left_out counts the prompts that they lack. prefill_seconds is a median over batches. peak_bytes and
+    added_bytes are the largest measured. memory_ratio is the model's weights and the added bytes over the same for
+    the baseline's decode of that batch. acceptance_rate is for chains only. acceptance_at[i] is the share of the
     proposals reaching position i that were accepted there, None if none reached it. `equal` of `compared`
     outputs have the baseline's token ids.
     """
@@ -113,6 +122,7 @@ class StrategyResult(_Record):
     name: str
     label: str
     lossless: bool
+    sampled: bool
     settings: Settings
     prompts: list[PromptResult]
     tokens_per_second: Estimate | None
@@ -124,6 +134,9 @@ class StrategyResult(_Record):
     acceptance_at: list[float | None]
     predicted_speedup: float | None
     verify_cost: float | None
+    peak_bytes: int | None
+    added_bytes: int | None
+    memory_ratio: float | None
     equal: int
     compared: int
     distinct_trigram_share: float | None
@@ -156,7 +169,11 @@ class TrainingPoint(_Record):
 
 
 class Report(_Record):
-    """Everything one evaluation found; `baseline` names the strategy that the speedups are over."""
+    """Everything one evaluation found; `baseline` names the strategy that the speedups are over.
+
+    strategies decoded greedily, sampled are the same at a temperature, over the baseline at that temperature;
+    either may be empty. skipped: strategies that could not take part at all, by name, with the reason.
+    """
 
     title: str
     model: str
@@ -164,98 +181,16 @@ class Report(_Record):
     environment: Environment
     settings: Settings
     strategies: list[StrategyResult] = Field(default_factory=list)
+    sampled: list[StrategyResult] = Field(default_factory=list)
+    skipped: dict[str, str] = Field(default_factory=dict)
     exits: list[ExitQuality] | None = None
     training: list[TrainingPoint] | None = None
 
     @model_validator(mode="after")
     def _baseline_is_there(self) -> Report:
-        if self.baseline is not None and self.baseline not in {s.name for s in self.strategies}:
+        tables = [table for table in (self.strategies, self.sampled) if table]
+        if self.baseline is not None and not all(
+            self.baseline in {s.name for s in table} for table in tables
+        ):
             raise ValueError(f"baseline {self.baseline!r} is none of the report's strategies")
         return self
-
-
-def summarise(
-    name: str,
-    prompts: Sequence[PromptResult],
-    baseline: Sequence[PromptResult] | None,
-    *,
-    label: str,
-    lossless: bool,
-    chain: bool,
-    settings: dict[str, Any],
-    predicted_speedup: float | None = None,
-    verify_cost: float | None = None,
-    seed: int = 0,
-) -> StrategyResult:
-    """The summary of one strategy over its prompts.
-
-    baseline: the baseline's prompts, matched by index; None where this is the baseline. chain: whether its
-    drafts are chains, for which alone an acceptance rate is defined. seed is the bootstrap's.
-    Raises ValueError where two prompts share an index.
-    """
-    for side in (prompts, baseline or []):
-        if len({p.index for p in side}) != len(side):
-            raise ValueError(f"two prompts of {name} or its baseline share an index")
-    ok = [p for p in prompts if p.status == "ok"]
-    timed = [p for p in ok if p.seconds > 0]
-    pairs = _comparable(prompts, baseline) if baseline is not None else []
-    lengths = [length for p in ok for length in p.accepted_lengths]
-    drafted = sum(p.drafted for p in ok)
-    prefills = [p.prefill_seconds for p in ok if p.prefill_seconds is not None]
-    shares = [p.distinct_trigram_share for p in ok if p.distinct_trigram_share is not None]
-    columns = _speedup_columns(pairs)
-    return StrategyResult(
-        name=name,
-        label=label,
-        lossless=lossless,
-        settings=settings,
-        prompts=list(prompts),
-        tokens_per_second=pooled_rate([p.new_tokens for p in timed], [p.seconds for p in timed], seed)
-        if timed
-        else None,
-        prefill_seconds=median(prefills) if prefills else None,
-        speedup_median=median_ratio(*columns, seed=seed) if pairs else None,
-        speedup_pooled=pooled_ratio(*columns, seed=seed) if pairs else None,
-        acceptance_length=sum(lengths) / len(lengths) if lengths else None,
-        acceptance_rate=sum(p.accepted for p in ok) / drafted if chain and drafted else None,
-        acceptance_at=_acceptance_at(ok),
-        predicted_speedup=predicted_speedup,
-        verify_cost=verify_cost,
-        equal=sum(p.tokens_equal is True for p in ok),
-        compared=sum(p.tokens_equal is not None for p in ok),
-        distinct_trigram_share=sum(shares) / len(shares) if shares else None,
-        failed=len(prompts) - len(ok),
-        left_out=len(prompts) - (len(timed) if baseline is None else len(pairs)),
-    )
-
-
-Pair = tuple[PromptResult, PromptResult]
-
-
-def _comparable(prompts: Sequence[PromptResult], baseline: Sequence[PromptResult]) -> list[Pair]:
-    """The prompts that both decoded, with the baseline's twin of each."""
-    twins = {p.index: p for p in baseline if _has_speed(p)}
-    return [(p, twins[p.index]) for p in prompts if _has_speed(p) and p.index in twins]
-
-
-def _has_speed(prompt: PromptResult) -> bool:
-    return prompt.status == "ok" and prompt.new_tokens > 0 and prompt.seconds > 0
-
-
-def _speedup_columns(pairs: Sequence[Pair]) -> tuple[list[float], list[float], list[float], list[float]]:
-    return (
-        [p.new_tokens for p, _ in pairs],
-        [p.seconds for p, _ in pairs],
-        [b.new_tokens for _, b in pairs],
-        [b.seconds for _, b in pairs],
-    )
-
-
-def _acceptance_at(prompts: Sequence[PromptResult]) -> list[float | None]:
-    depth = max((len(p.proposals_at) for p in prompts), default=0)
-    proposals, accepted = [0] * depth, [0] * depth
-    for prompt in prompts:
-        for i, (proposed, kept) in enumerate(zip(prompt.proposals_at, prompt.accepted_at, strict=True)):
-            proposals[i] += proposed
-            accepted[i] += kept
-    return [kept / proposed if proposed else None for kept, proposed in zip(accepted, proposals, strict=True)]

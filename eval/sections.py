@@ -11,10 +11,13 @@ from matplotlib.figure import Figure
 
 from eval.columns import (
     EXIT_COLUMNS,
+    MEMORY_COLUMNS,
     NONE,
     STRATEGY_COLUMNS,
     Column,
+    how_sampled,
     number,
+    strategy_columns,
     strategy_rows,
     titled,
     value_text,
@@ -41,18 +44,9 @@ class Section:
 
 def headline(report: Report) -> list[str]:
     """The report in a few lines: the fastest honest strategy, outputs that differ, prompts that failed."""
-    lines = []
-    honest = [s for s in report.strategies if s.lossless and not _differing(s, "bug")]
-    ranked = [(s.speedup_median.value, s, s.speedup_median) for s in honest if s.speedup_median]
-    if ranked:
-        _, best, speedup = max(ranked, key=itemgetter(0))
-        verdict = "" if speedup.low > 1 else ", which shows no speedup"
-        lines.append(
-            f"Fastest lossless strategy: {titled(best)}:"
-            f" {speedup.value:.2f} times the baseline's tokens per second"
-            f" (95 % interval {speedup.low:.2f} to {speedup.high:.2f}){verdict}."
-        )
-    for strategy in report.strategies:
+    fastest = [_fastest(report.strategies, ""), _fastest(report.sampled, f", sampled {how_sampled(report)}")]
+    lines = [line for line in fastest if line]
+    for strategy in _all(report):
         if strategy.lossless:
             bugs, unknown = len(_differing(strategy, "bug")), len(_differing(strategy, "unknown"))
             if bugs:
@@ -66,7 +60,27 @@ def headline(report: Report) -> list[str]:
         if strategy.failed:
             total = len(strategy.prompts)
             lines.append(f"{marked(strategy)}: {strategy.failed} of {total} prompts failed.")
+    lines += [f"{name} is left out: {reason}." for name, reason in report.skipped.items()]
     return lines
+
+
+def _fastest(strategies: Sequence[StrategyResult], how: str) -> str | None:
+    honest = [s for s in strategies if s.lossless and not _differing(s, "bug")]
+    ranked = [(s.speedup_median.value, s, s.speedup_median) for s in honest if s.speedup_median]
+    if not ranked:
+        return None
+    _, best, speedup = max(ranked, key=itemgetter(0))
+    verdict = "" if speedup.low > 1 else ", which shows no speedup"
+    return (
+        f"Fastest lossless strategy{how}: {titled(best)}:"
+        f" {speedup.value:.2f} times the baseline's tokens per second"
+        f" (95 % interval {speedup.low:.2f} to {speedup.high:.2f}){verdict}."
+    )
+
+
+def _all(report: Report) -> list[StrategyResult]:
+    """What was measured greedily, and then what was sampled."""
+    return [*report.strategies, *report.sampled]
 
 
 def _differing(strategy: StrategyResult, verdict: str | None = None) -> list[PromptResult]:
@@ -80,11 +94,14 @@ def _verdict(prompt: PromptResult) -> str:
 
 def sections(report: Report) -> list[Section]:
     """The sections that the report has data for, in reading order."""
+    strategies = _all(report)
     found = [
-        _strategies(report),
-        _acceptance(report.strategies),
-        _differences(report.strategies),
-        _failures(report.strategies),
+        _greedy(report),
+        _sampled(report),
+        _acceptance(strategies),
+        _memory(report),
+        _differences(strategies),
+        _failures(strategies),
         _exits(report.exits or []),
         _training(report),
         _settings_used(report),
@@ -93,23 +110,43 @@ def sections(report: Report) -> list[Section]:
     return [section for section in found if section is not None]
 
 
-def _strategies(report: Report) -> Section | None:
+def _greedy(report: Report) -> Section | None:
     if not report.strategies:
         return None
+    return _strategies("Strategies", report, report.strategies, strategy_columns(report))
+
+
+def _sampled(report: Report) -> Section | None:
+    if not report.sampled:
+        return None
+    title = f"Strategies, sampled {how_sampled(report)}"
+    lossless = (
+        "Sampled outputs are not compared token by token: lossless means here that every token is drawn from"
+        " exactly the distribution that the baseline draws it from. Their lengths differ, and a short one is mostly"
+        " prefill."
+    )
+    return _strategies(title, report, report.sampled, STRATEGY_COLUMNS, lossless)
+
+
+def _strategies(
+    title: str, report: Report, strategies: Sequence[StrategyResult], columns: Sequence[Column], *more: str
+) -> Section:
     figures = []
-    if any(s.tokens_per_second for s in report.strategies):
-        figures.append(("Tokens per second and speedup of each strategy", speed_figure(report.strategies)))
-    drafting = [s for s in report.strategies if any(p.drafted and p.accepted_lengths for p in s.prompts)]
+    if any(s.tokens_per_second for s in strategies):
+        figures.append(("Tokens per second and speedup of each strategy", speed_figure(strategies)))
+    drafting = [s for s in strategies if any(p.drafted and p.accepted_lengths for p in s.prompts)]
     if drafting:
         figures.append(("Tokens gained per target forward, by strategy", accepted_lengths_figure(drafting)))
     notes = [
-        "Brackets hold a 95 % bootstrap interval over prompts. A dash means not measured or not defined."
+        "Brackets hold a 95 % bootstrap interval over batches, which are what is timed."
+        " A dash means not measured or not defined.",
+        *more,
     ]
-    if not all(s.lossless for s in report.strategies):
+    if not all(s.lossless for s in strategies):
         notes.append(
             "A strategy marked (not lossless) may change the output; its speed is not comparable as such."
         )
-    return Section("Strategies", STRATEGY_COLUMNS, strategy_rows(report), notes, figures)
+    return Section(title, columns, strategy_rows(report, strategies), notes, figures)
 
 
 def _acceptance(strategies: Sequence[StrategyResult]) -> Section | None:
@@ -125,6 +162,14 @@ def _acceptance(strategies: Sequence[StrategyResult]) -> Section | None:
 
 def _acceptance_cell(i: int) -> Callable[[StrategyResult], str]:
     return lambda s: number(s.acceptance_at[i]) if i < len(s.acceptance_at) else NONE
+
+
+def _memory(report: Report) -> Section | None:
+    rows = [row for row in strategy_rows(report, _all(report)) if row.strategy.peak_bytes is not None]
+    if not rows:
+        return None
+    note = "Of the largest batch, in 10^6 bytes, in a decode of its own that is not timed."
+    return Section("Memory", MEMORY_COLUMNS, rows, [note])
 
 
 def _differences(strategies: Sequence[StrategyResult]) -> Section | None:
@@ -218,7 +263,7 @@ def _training(report: Report) -> Section | None:
 
 def _settings_used(report: Report) -> Section | None:
     rows = [(key, value_text(value)) for key, value in report.settings.items()]
-    for strategy in report.strategies:
+    for strategy in _all(report):
         parts = [f"{key}={value_text(value)}" for key, value in strategy.settings.items()]
         if strategy.verify_cost is not None:
             parts.append(f"measured verify cost {strategy.verify_cost:.3f}")

@@ -13,10 +13,20 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from eval.results import TrainingPoint
+from layerskip_model.context import MASKED
 from layerskip_model.errors import UserError
-from layerskip_model.formats.huggingface import DTYPES, load_model, load_tokenizer, no_progress_bar
+from layerskip_model.formats.huggingface import (
+    DEVICE_MAPS,
+    DTYPES,
+    FLASH_ATTENTION,
+    QUANTIZATIONS,
+    load_model,
+    load_tokenizer,
+    no_progress_bar,
+    one_line,
+)
 from layerskip_model.jsonl import read_rows
-from layerskip_model.runner import IMPLEMENTATIONS, Runner
+from layerskip_model.runner import Runner
 
 
 @dataclass(frozen=True)
@@ -133,26 +143,36 @@ def load_target(
     *,
     dtype: str | None = None,
     device: str | None = None,
+    device_map: str | None = None,
+    quantization: str | None = None,
     attn_implementation: str | None = None,
 ) -> Target:
     """Load a checkpoint (`model`: directory or hub name) or a finished run (`run`: its output directory).
 
-    The default device is the first GPU, else the CPU; the default dtype float32 on a CPU, bfloat16 on a GPU.
+    The whole model is put on `device`, by default the first GPU, else the CPU; a `device_map` spreads it over all
+    GPUs, then the CPU, then the disk. The default dtype is float32 on a CPU, bfloat16 on a GPU.
     Raises UserError for anything that cannot be loaded or decoded.
     """
     if (model is None) == (run is None):
         raise UserError("give exactly one of --model (a checkpoint) and --run (a training run's output_dir)")
     files = open_run(run) if run is not None else _run_beside(Path(str(model)))
     name = str(files.model) if run is not None and files is not None else str(model)
-    place = _device(device)
-    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    place = _place(device, device_map)
+    on_gpu = torch.cuda.is_available() if isinstance(place, str) else place.type == "cuda"
+    dtype = dtype or ("bfloat16" if on_gpu else "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype '{dtype}' is not one of {', '.join(DTYPES)}")
-    if attn_implementation not in (None, *IMPLEMENTATIONS):
-        raise UserError(f"--attn_implementation '{attn_implementation}': give {' or '.join(IMPLEMENTATIONS)}")
+    _check_attention(attn_implementation, dtype, on_gpu)
+    _check_quantization(quantization, dtype, on_gpu)
     tokenizer = load_tokenizer(name)
     with no_progress_bar() if Path(name).is_dir() else nullcontext():  # downloads show theirs
-        loaded = load_model(name, dtype=dtype, device=place, attn_implementation=attn_implementation)
+        loaded = load_model(
+            name,
+            dtype=dtype,
+            device_map=place,
+            quantization=quantization,
+            attn_implementation=attn_implementation,
+        )
     return Target(name, loaded, tokenizer, Runner(loaded), files)
 
 
@@ -164,12 +184,51 @@ def _run_beside(model: Path) -> RunFiles | None:
     return files if model.is_dir() and files.model.resolve() == model.resolve() else None
 
 
-def _device(name: str | None) -> torch.device:
-    if name is None:
+def _place(device: str | None, device_map: str | None) -> torch.device | str:
+    """Where the weights go: one device, or the name of a way to spread them."""
+    if device_map is not None:
+        if device is not None:
+            raise UserError(f"--device '{device}' and --device_map '{device_map}': give one of the two")
+        if device_map not in DEVICE_MAPS:
+            raise UserError(
+                f"--device_map '{device_map}' is not one of {', '.join(DEVICE_MAPS)}; one device is a --device"
+            )
+        return device_map
+    if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        place = torch.device(device)
+        torch.zeros(1, device=place).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
-    return device
+        raise UserError(f"--device '{device}' cannot be used here: {str(error).splitlines()[0]}") from None
+    return place
+
+
+def _check_attention(name: str | None, dtype: str, on_gpu: bool) -> None:
+    if name not in (None, *MASKED, *FLASH_ATTENTION):
+        known = ", ".join((*MASKED, *FLASH_ATTENTION))
+        raise UserError(f"--attn_implementation '{name}' is not one of {known}")
+    if name in FLASH_ATTENTION and not (on_gpu and dtype in ("bfloat16", "float16")):
+        raise UserError(
+            f"--attn_implementation {name} needs a GPU and --dtype bfloat16 or float16, not {dtype} "
+            f"on {'a GPU' if on_gpu else 'a CPU'}; give sdpa"
+        )
+
+
+def _check_quantization(name: str | None, dtype: str, on_gpu: bool) -> None:
+    if name is None:
+        return
+    if name not in QUANTIZATIONS:
+        raise UserError(f"--quantization '{name}' is not one of {', '.join(QUANTIZATIONS)}")
+    if dtype == "float64":
+        raise UserError(
+            f"--quantization {name} cannot compute in float64; leave --dtype out or give bfloat16"
+        )
+    if not on_gpu:
+        raise UserError(f"--quantization {name} needs a CUDA GPU; leave it out on a CPU")
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:  # it looks for its CUDA libraries when it is imported
+        raise UserError(
+            f"--quantization {name} needs bitsandbytes (pip install -e .[bitsandbytes]): {one_line(error)}"
+        ) from None

@@ -73,7 +73,8 @@ class Backbone:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of an exit: g in the paper, the final norm and the LM head. [..., hidden] -> [..., vocab]."""
-        return self.head_map().logits(self.norm(hidden))
+        # By the head's own forward: its weight may be quantized, or on another device or disk until it runs.
+        return self.head_map().squash(self.head(self.norm(hidden)))
 
     def at_head(self, hidden: Tensor, compute: Callable[[Tensor, HeadMap], Result]) -> Result:
         """`compute(hidden, head map)`, run inside the head module's forward.
@@ -108,7 +109,7 @@ class Backbone:
         ]
         was_training = self.model.training
         try:
-            tokens = torch.zeros(1, 2, dtype=torch.long, device=self.head.weight.device)
+            tokens = torch.zeros(1, 2, dtype=torch.long, device=model_device(self.model))
             logits = self.model.eval()(input_ids=tokens, use_cache=False).logits
         finally:
             self.model.train(was_training)
@@ -119,7 +120,8 @@ class Backbone:
                 f"model type '{self.model_type}' does more between its last layer and its LM head than the final "
                 "norm, so it cannot exit early here; use a model such as Llama, Mistral, Qwen or Gemma"
             )
-        if not _close(self.at_head(states["large"], lambda hidden, head: head.logits(hidden)), logits):
+        expected = self.at_head(states["large"], lambda hidden, head: head.logits(hidden))
+        if not _close(expected.to(logits.device), logits):
             raise UserError(
                 f"model type '{self.model_type}' changes its logits after the LM head in a way that is not known "
                 "here; use a model such as Llama, Mistral, Qwen, Gemma, Granite or Cohere"
@@ -170,26 +172,27 @@ class _Interception:
     def release(self) -> None:
         if self.layer.__dict__.get("forward") is not self:
             raise ValueError("release the interception that came last first")
-        _restore_forward(self.layer, self.previous)
+        _restore(self.layer, "forward", self.previous)
 
 
 @contextmanager
 def _forward_replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Another forward for one module while this lasts; its hooks still run around it."""
-    previous = module.__dict__.get("forward")
-    module.forward = forward
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"  # accelerate's are in the forward
+    previous = module.__dict__.get(name)
+    setattr(module, name, forward)
     try:
         yield
     finally:
-        _restore_forward(module, previous)
+        _restore(module, name, previous)
 
 
-def _restore_forward(module: Any, previous: Any) -> None:
+def _restore(module: Any, name: str, previous: Any) -> None:
     """An instance's own forward, or else (None) its class's."""
     if previous is None:
-        del module.forward
+        delattr(module, name)
     else:
-        module.forward = previous
+        setattr(module, name, previous)
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:
@@ -201,5 +204,8 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
-    return next(model.parameters()).device
+    """Where the model's first parameter lies, or for an offloaded one where accelerate brings it when it is used."""
+    owner: Any = next(module for module in model.modules() if module._parameters)
+    device = next(owner.parameters(recurse=False)).device
+    is_offloaded = device.type == "meta" and hasattr(owner, "_hf_hook")
+    return torch.device(owner._hf_hook.execution_device) if is_offloaded else device

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from layerskip_model.backbone import Backbone, LayerCall
+from layerskip_model.backbone import Backbone, LayerCall, model_device
 from layerskip_model.errors import UserError
 from layerskip_model.layer_dropout import LayerDropout, run_kept_rows
 from layerskip_model.token_loss import IGNORE_INDEX, cross_entropy_sum, predictions
@@ -174,7 +174,7 @@ class EarlyExitModel(nn.Module):
         return terms
 
     def _measurements(self, states: dict[int, Tensor], labels: Tensor) -> LossTerms:
-        flat = labels.flatten()
+        flat = labels.flatten().to(model_device(self.backbone.head))
         counted = flat != IGNORE_INDEX
         terms = LossTerms(tokens=counted.sum())
         final: Tensor | None = None

@@ -1,74 +1,29 @@
-"""The lean decoding view of a model: its own decoder layers, called one by one over a cache of ours.
+"""The lean decoding view of a model: its decoder layers, run one by one over a cache of ours.
 
-Nothing is put on the model, and there is no fork per model type: what differs between models (attention
-kinds, windows, rotary tables) is read from the model, and the whole is checked against its own logits when a
-runner is made.
+There is no fork per model type: what differs between models (attention kinds, windows, rotary tables) is read from
+the model, layers made of Llama's parts are fused, others are called as they are, and the whole is checked against
+the model's own logits when a runner is made.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip_model.backbone import Backbone, model_device
+from layerskip_model.context import MASKED, Context, KeyValues, Ragged, Scattered, Span, Tables
 from layerskip_model.errors import UserError
+from layerskip_model.formats.huggingface import FLASH_ATTENTION, has_plain_weights
+from layerskip_model.fused_layer import FusedLayer, NotFusible, fast_norm, fuse, signed
 
 # The largest difference from the model's own logits that is rounding, relative to the largest logit. Norms
 # and softmaxes compute in float32 in a float64 model too.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 KINDS = ("full_attention", "sliding_attention")
-IMPLEMENTATIONS = ("sdpa", "eager")
-
-
-class KeyValues(Protocol):
-    """Where a layer leaves the keys and values of its rows, and from where it gets those it may see."""
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
-        """Write those of these rows, [batch, kv heads, rows, head dim]; return all, [.., keys, head dim]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Positions and rotary tables of one decode, made once.
-
-    Attributes:
-        position: 0, 1, 2, ... [1, capacity].
-        rotary: attention kind -> (cos, sin), each [1, capacity, rotary dim].
-    """
-
-    position: Tensor
-    rotary: dict[str, tuple[Tensor, Tensor]]
-
-    def span(self, begin: int, end: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """The tables of positions begin..end-1, as views [1, end - begin, rotary dim]."""
-        return {kind: (cos[:, begin:end], sin[:, begin:end]) for kind, (cos, sin) in self.rotary.items()}
-
-    def at(self, position: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The tables of any positions [batch, rows] -> [batch, rows, rotary dim]."""
-        return {kind: (cos[0][position], sin[0][position]) for kind, (cos, sin) in self.rotary.items()}
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the layers of one forward need beside the hidden states [batch, rows, hidden].
-
-    Attributes:
-        cache: takes the rows' keys and values, gives the visible ones.
-        position: [batch or 1, rows].
-        rotary: attention kind -> (cos, sin) of those positions.
-        masks: attention kind -> additive mask [batch or 1, 1, rows, keys], or None where none is needed.
-    """
-
-    cache: KeyValues
-    position: Tensor
-    rotary: dict[str, tuple[Tensor, Tensor]]
-    masks: dict[str, Tensor | None]
 
 
 class Forward(NamedTuple):
@@ -89,11 +44,15 @@ class Runner:
     """Embed tokens, run any span of layers, read logits: the three steps that decoding is made of.
 
     Attributes:
+        fused: the layers as they are run, where all of them are made of Llama's parts.
+        fixed_shapes: whether drafts should have the same number of rows at every step.
         backbone: the model's parts; its `logits` is the one used here.
         windows: attention kind -> sliding window in tokens, None for full attention.
 
     Raises UserError for a model that cannot be run layer by layer, or whose logits then differ from its own.
     """
+
+    fixed_shapes = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.backbone = Backbone(model)
@@ -106,13 +65,32 @@ class Runner:
         config = self.backbone.config
         self.model_type: str = config.model_type
         self._attention: str = config._attn_implementation
-        if self._attention not in IMPLEMENTATIONS:
+        if not self.takes_masks and "flash" not in self._attention:  # flash has names in a kernel hub, too
             raise UserError(
-                f"attn_implementation='{self._attention}' takes no mask of ours; load the model with "
-                "attn_implementation='sdpa' or 'eager'"
+                f"attn_implementation='{self._attention}' is not known here; load the model with one of "
+                f"{', '.join((*MASKED, *FLASH_ATTENTION))}"
             )
         self.kinds, self.windows = attention_kinds(config, self.num_layers)
+        self.fused = self._fused_layers()
+        self._norm = fast_norm(self.backbone.norm)
+        self._head = self.backbone.head_map()
+        if self.fused is not None and not fused_layers_agree(self):
+            self.fused = None
         check_against_model(self)
+
+    def _fused_layers(self) -> list[FusedLayer] | None:
+        """The layers fused, where all of them can be."""
+        plain = type(self.backbone.head) is nn.Linear and not hasattr(self.backbone.head, "_hf_hook")
+        if (
+            self._attention != "sdpa"
+            or not plain
+            or getattr(self.backbone.config, "attn_logit_softcapping", None)
+        ):
+            return None
+        try:
+            return fuse(self.backbone.layers)
+        except NotFusible:
+            return None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [batch, rows] -> hidden states that enter layer 0, [batch, rows, hidden]."""
@@ -120,11 +98,18 @@ class Runner:
 
     def run(self, hidden: Tensor, start: int, stop: int, context: Context) -> Tensor:
         """Run layers start..stop-1. Hidden states [batch, rows, hidden] -> the same shape."""
+        if start == stop:
+            return hidden
+        if self.fused is not None:
+            flat = hidden.flatten(0, 1)  # [batch * rows, hidden]
+            for fused, kind in zip(self.fused[start:stop], self.kinds[start:stop], strict=True):
+                flat = fused(flat, hidden.shape[0], context, kind)
+            return flat.view(hidden.shape)
         for layer, kind in zip(self.backbone.layers[start:stop], self.kinds[start:stop], strict=True):
             output = layer(
                 hidden,
                 attention_mask=context.masks[kind],
-                position_ids=context.position,
+                position_ids=context.position if self.takes_masks else None,  # flash looks at their values
                 past_key_values=context.cache,
                 use_cache=True,
                 position_embeddings=context.rotary[kind],
@@ -164,7 +149,37 @@ class Runner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The final norm and the LM head after any layer. [..., hidden] -> [..., vocab]."""
-        return self.backbone.logits(hidden)
+        if self.fused is None:
+            return self.backbone.logits(hidden).to(self.device)  # the head may lie on another device
+        return self._head.logits(self._norm(hidden))
+
+    def ragged(self, cache: KeyValues, tables: Tables, begin: Tensor, ahead: Tensor, end: int) -> Ragged:
+        """See `Ragged`. Raises UserError where the model's attention takes no mask."""
+        self._require_masks()
+        return Ragged(cache, tables, begin, ahead, end)
+
+    def scattered(
+        self, cache: KeyValues, tables: Tables, position: Tensor, seen: Tensor, key_position: Tensor
+    ) -> Scattered:
+        """See `Scattered`. Raises UserError where the model's attention takes no mask."""
+        self._require_masks()
+        return Scattered(cache, tables, position, seen, key_position)
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether the model's attention does: trees and texts of different lengths in one batch need it."""
+        return self._attention in MASKED
+
+    def _require_masks(self) -> None:
+        if not self.takes_masks:
+            raise UserError(
+                f"attn_implementation='{self._attention}' takes no mask, so it decodes neither trees nor texts of "
+                "different lengths in one batch; use sdpa"
+            )
+
+    def span(self, cache: KeyValues, tables: Tables, begin: int, count: int) -> Span:
+        """See `Span`."""
+        return Span(cache, tables, begin, count, self._attention)
 
     def tables(self, horizon: int, capacity: int) -> Tables:
         """Positions 0..capacity-1 and their rotary tables.
@@ -184,48 +199,9 @@ class Runner:
         for kind in self.windows:
             extra = (kind,) if per_kind else ()
             cos, sin = rotary_emb(like, position[:, :covered], *extra)
-            rotary[kind] = (_extended(cos, capacity), _extended(sin, capacity))
-        return Tables(position, rotary)
-
-    def chain_context(self, cache: KeyValues, tables: Tables, begin: int, count: int) -> Context:
-        """The context of rows at positions begin..begin+count-1, which see everything before them.
-
-        `cache` has to return the keys of positions 0..begin+count-1, in this order. One row needs no mask,
-        and neither does a prefill under sdpa, unless a sliding window is shorter than the text.
-        """
-        end = begin + count
-        no_mask = count == 1 or (begin == 0 and self._attention == "sdpa")
-        masks: dict[str, Tensor | None] = {}
-        for kind, window in self.windows.items():
-            if no_mask and (window is None or end <= window):
-                masks[kind] = None
-            else:
-                key = tables.position[:, :end]  # [1, keys]
-                query = tables.position[:, begin:end, None]  # [1, rows, 1]
-                masks[kind] = self._mask(kind, key[:, None] <= query, query, key)
-        return Context(cache, tables.position[:, begin:end], tables.span(begin, end), masks)
-
-    def context(
-        self, cache: KeyValues, tables: Tables, position: Tensor, seen: Tensor, key_position: Tensor
-    ) -> Context:
-        """The context of any rows: trees, and rows of different lengths.
-
-        Shapes: position [batch, rows]; seen [batch, rows, keys], True where a row may see a key (every row
-        must see itself); key_position [batch or 1, keys], for the sliding windows.
-        """
-        query = position[..., None]
-        masks: dict[str, Tensor | None] = {
-            kind: self._mask(kind, seen, query, key_position) for kind in self.windows
-        }
-        return Context(cache, position, tables.at(position), masks)
-
-    def _mask(self, kind: str, seen: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Additive mask [batch, 1, rows, keys]: eager wants it so, and sdpa would make it in every layer."""
-        window = self.windows[kind]
-        if window is not None:
-            seen = seen & (query - key[:, None] < window)
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
-        return mask.masked_fill_(~seen, torch.finfo(self.dtype).min)[:, None]
+            tables = _extended(cos, capacity), _extended(sin, capacity)
+            rotary[kind] = tables if self.fused is None else signed(*tables)
+        return Tables(position, rotary, self.dtype, self.windows)
 
 
 def attention_kinds(config: Any, num_layers: int) -> tuple[list[str], dict[str, int | None]]:
@@ -249,21 +225,19 @@ def check_against_model(runner: Runner) -> None:
 
     Raises UserError with the model type and the largest difference where they differ by more than rounding.
     """
-    if runner.model.training:
-        raise ValueError("the model is in training mode: call model.eval() before making a Runner")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(runner.vocab_size, (1, 7), generator=generator).to(runner.device)
+    tokens = sample_tokens(runner)
     with torch.inference_mode():
         expected = runner.model(input_ids=tokens, use_cache=False).logits
         try:
-            actual = _logits_in_two_chunks(runner, tokens)
+            actual, _ = _in_two_chunks(runner, tokens)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"model type '{runner.model_type}' cannot be decoded layer by layer ({error}); "
                 "use a model such as Llama, Mistral, Qwen, Gemma, Phi-3 or OLMo"
             ) from error
-    difference = (actual - expected).abs().max().item()
-    allowed = TOLERANCE[expected.dtype] * expected.abs().max().item()
+    difference, allowed = _difference(actual, expected)
+    if not has_plain_weights(runner.model):  # int8 products round by the largest values of all rows together
+        allowed = max(allowed, TOLERANCE[torch.bfloat16] * expected.abs().max().item())
     if not difference <= allowed:  # NaN fails too
         raise UserError(
             f"model type '{runner.model_type}' cannot be decoded here: run layer by layer, its logits are "
@@ -271,17 +245,60 @@ def check_against_model(runner: Runner) -> None:
         )
 
 
-def _logits_in_two_chunks(runner: Runner, tokens: Tensor) -> Tensor:
-    """Logits [1, 7, vocab] by a prefill of 4 tokens and a chunk of 3, each split in mid-stack."""
+def fused_layers_agree(runner: Runner) -> bool:
+    """Whether what leaves each fused layer is what leaves the model's own, but for rounding."""
+    tokens = sample_tokens(runner)
+    expected: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda module, args, output: expected.append(output))
+        for layer in runner.backbone.layers
+    ]
+    try:
+        with torch.inference_mode():
+            runner.model(input_ids=tokens, use_cache=False)
+            _, states = _in_two_chunks(runner, tokens)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = [_difference(states[layer], output) for layer, output in enumerate(expected)]
+    return all(difference <= allowed for difference, allowed in pairs)
+
+
+def sample_tokens(runner: Runner) -> Tensor:
+    """Some tokens to compare with, [1, 7]."""
+    if runner.model.training:
+        raise ValueError("the model is in training mode: call model.eval() before making a Runner")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(runner.vocab_size, (1, 7), generator=generator).to(runner.device)
+
+
+def _difference(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The largest difference, and what rounding may make of it, relative to the largest value."""
+    allowed = TOLERANCE[expected.dtype] * expected.abs().max().item()
+    return (actual - expected.to(actual.device)).abs().max().item(), allowed
+
+
+def _in_two_chunks(runner: Runner, tokens: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """Logits [1, 7, vocab], by a prefill of 4 tokens and a chunk of 3, each split in mid-stack.
+
+    Also layer -> the states that leave it, [1, 7, hidden].
+    """
     cache = _Appending()
     tables = runner.tables(7, 7)
-    middle = (runner.num_layers + 1) // 2
-    parts = []
+    middle, last = (runner.num_layers + 1) // 2, runner.num_layers
+    every = tuple(range(last))
+    logits, states = [], []
     for begin, count in ((0, 4), (4, 3)):
-        context = runner.chain_context(cache, tables, begin, count)
-        hidden = runner.run(runner.embed(tokens[:, begin : begin + count]), 0, middle, context)
-        parts.append(runner.logits(runner.run(hidden, middle, runner.num_layers, context)))
-    return torch.cat(parts, dim=1)
+        context = runner.span(cache, tables, begin, count)
+        below = runner.forward(tokens[:, begin : begin + count], 0, middle, context, head=False, needs=every)
+        above = runner.forward(below.hidden, middle, last, context, needs=every)
+        assert above.logits is not None
+        logits.append(above.logits)
+        states.append(below.states | above.states)
+    joined = {layer: torch.cat([chunk[layer] for chunk in states], dim=1) for layer in every}
+    return torch.cat(logits, dim=1), joined
 
 
 class _Appending:

@@ -41,9 +41,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        run_app(app, "python -m train")
-    except SystemExit as ended:
-        if "train.processes" in sys.modules:  # else there are no processes to leave, and no torch to import
-            sys.modules["train.processes"].leave(int(ended.code or 0))
-        raise
+    run_app(app, "python -m train")

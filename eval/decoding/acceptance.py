@@ -7,12 +7,13 @@ nothing but a root.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from eval.decoding.shaping import Shaping
 from eval.decoding.tree import Draft
 
 if TYPE_CHECKING:
@@ -61,15 +62,23 @@ class Rule(ABC):
 
 
 class Greedy(Rule):
-    """Always the most likely token."""
+    """Always the most likely token, after a shaping of the logits if there is one."""
+
+    def __init__(self, shaping: Shaping | None = None) -> None:
+        self.shaping = shaping
 
     def draft(self, state: State, logits: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """The argmax."""
+        if self.shaping is not None:
+            logits = self.shaping.after_chain(state, logits, tokens)
         return logits.argmax(dim=-1), None
 
     def accept(self, state: State, logits: Tensor, draft: Draft) -> Outcome:
         """See `greedy`."""
-        return greedy(logits, draft)
+        if self.shaping is None:
+            return greedy(logits, draft)
+        shaped = self.shaping.after_nodes(state, logits, draft)
+        return replace(greedy(shaped, draft), logits=logits)
 
 
 def greedy(logits: Tensor, draft: Draft) -> Outcome:

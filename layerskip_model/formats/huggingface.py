@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +29,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# How transformers spreads a model over the devices there are, then the CPU, then the disk.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+QUANTIZATIONS = ("4bit", "8bit")
+FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they take no mask of ours
 LONGEST_REASON = 240  # characters of another library's message
 
 
@@ -35,10 +40,19 @@ def load_model(
     name_or_path: str,
     *,
     dtype: str = "float32",
-    device: str | torch.device = "cpu",
+    device_map: str | torch.device | dict[str, Any] | None = None,
+    quantization: str | None = None,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, as transformers loads it. `dtype` is a name in DTYPES.
+    """A causal language model in evaluation mode, as transformers loads it, each weight straight to its place.
+
+    Args:
+        name_or_path: a directory, or a hub name.
+        dtype: a name in DTYPES.
+        device_map: a device, one of DEVICE_MAPS, or the names of modules with theirs ("disk" is one too);
+            default: the CPU.
+        quantization: one of QUANTIZATIONS, by bitsandbytes, for the layers' matrices; they compute in `dtype`.
+        attn_implementation: a name that transformers knows; default: its choice.
 
     Raises UserError where there is no such model, naming the place and what is missing, and where the stored
     weights are not exactly those of the model: what is missing would be random numbers.
@@ -50,21 +64,26 @@ def load_model(
             loaded = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
                 dtype=DTYPES[dtype],
+                device_map=device_map,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
+                **_quantized(name_or_path, quantization, dtype),
                 **_attention(attn_implementation),
             )
+    except UserError:
+        raise
     except Exception as error:  # the parsers of configurations and weights raise whatever they like
         raise _cannot_load(name_or_path, "cannot be loaded", error) from error
     model, report = loaded
     _require_exact_weights(name_or_path, report)
-    try:
-        model.to(torch.device(device))
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"model '{name_or_path}' cannot be put on device '{device}': {one_line(error)}"
-        ) from error
     return model
+
+
+def has_plain_weights(model: PreTrainedModel) -> bool:
+    """Whether the weights are floating-point numbers on one device: not quantized, spread or offloaded."""
+    is_quantized = getattr(model.config, "quantization_config", None) is not None
+    devices = {parameter.device for parameter in model.parameters()}
+    return not is_quantized and len(devices) == 1 and torch.device("meta") not in devices
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -114,6 +133,20 @@ def one_line(error: BaseException) -> str:
 
 def _attention(attn_implementation: str | None) -> dict[str, Any]:
     return {"attn_implementation": attn_implementation} if attn_implementation else {}
+
+
+def _quantized(name_or_path: str, quantization: str | None, dtype: str) -> dict[str, Any]:
+    """What transformers is told so that it quantizes the weights while it loads them."""
+    if quantization is None:
+        return {}
+    if getattr(AutoConfig.from_pretrained(name_or_path), "quantization_config", None) is not None:
+        raise UserError(f"model '{name_or_path}' is stored quantized already; load it without quantization")
+    if quantization == "8bit":  # LLM.int8(), arXiv 2208.07339
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(  # NF4, arXiv 2305.14314
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+    )
+    return {"quantization_config": config}
 
 
 def _require_checkpoint(name_or_path: str) -> None:

@@ -12,8 +12,8 @@ from eval.results import (
     Report,
     StrategyResult,
     TrainingPoint,
-    summarise,
 )
+from eval.summary import summarise
 
 ENVIRONMENT = Environment(
     versions={"torch": "2.13.0"},
@@ -43,13 +43,12 @@ TRAINING = [
 
 
 def prompt(index: int, tokens: int, seconds: float, **fields: Any) -> PromptResult:
-    return PromptResult(
-        index=index, new_tokens=tokens, seconds=seconds, prefill_seconds=0.01 * (index + 1), **fields
-    )
+    given = {"batch": index, "prefill_seconds": 0.01 * (index + 1), **fields}
+    return PromptResult(index=index, new_tokens=tokens, seconds=seconds, **given)
 
 
 def failed(index: int) -> PromptResult:
-    return PromptResult(index=index, status="failed", error="out of <memory> | [x]")
+    return PromptResult(index=index, batch=index, status="failed", error="out of <memory> | [x]")
 
 
 BASELINE = [prompt(i, 10, 2.0, accepted_lengths=[1] * 9, distinct_trigram_share=0.5) for i in range(4)]

@@ -34,6 +34,7 @@ def commands(
     benchmark = ["eval", "benchmark", "--num_samples", "3", "--max_steps", "8", "--num_speculations", "3"]
     started = {
         "one": [*python, *generate, "--run", run, *own, "--prompt", PROMPT],
+        "closed": [*python, *generate, "--run", run, *own, "--prompt", PROMPT],
         "typed": [*python, *generate, "--model", model, "--generation_strategy", "greedy"],
         "torchrun": [*torchrun, "-m", *generate, "--model", model, "--prompt", PROMPT],
         "benchmark": [
@@ -49,10 +50,15 @@ def commands(
         "wrong": [*python, *benchmark, "--run", run, "--exit_layer", "4", "--output_dir", str(out / "never")],
     }
     pipe = subprocess.PIPE
+    reader, closed = os.pipe()
+    os.close(reader)
     processes = {
-        name: subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        name: subprocess.Popen(
+            command, stdin=pipe, stdout=closed if name == "closed" else pipe, stderr=pipe, text=True
+        )
         for name, command in started.items()
     }
+    os.close(closed)
     done = {}
     for name, process in processes.items():
         stdout, stderr = process.communicate(f"{PROMPT.strip()}\n\ndef bert" if name == "typed" else "")
@@ -71,6 +77,11 @@ def test_generate_prints_the_text_and_what_it_cost(
         r"\[8 tokens, [\d.]+ tokens/s, acceptance rate [\d.]+, acceptance length [\d.]+, ended by length\]\n"
     )
     assert re.fullmatch(cost, done.stderr)
+
+
+def test_a_reader_that_has_gone_is_no_crash(commands: dict[str, subprocess.CompletedProcess[str]]) -> None:
+    done = commands["closed"]
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_prompts_are_read_line_by_line(commands: dict[str, subprocess.CompletedProcess[str]]) -> None:
@@ -195,11 +206,19 @@ SELF = ["--generation_strategy", "self_speculative"]
             "num_speculations=0 is not valid",
         ),
         ([*GENERATE, "--num_speculations", "3"], "autoregressive has no setting 'num_speculations'"),
+        ([*GENERATE, "--sample", "maybe"], "'maybe' is neither True nor False"),
+        ([*GENERATE, "--temperature", "0.5"], "--temperature 0.5 is for sampling: add --sample True"),
+        ([*GENERATE, "--sample", "false", "--top_k", "5"], "--top_k 5 is for sampling: add --sample True"),
+        ([*GENERATE, "--sample", "True", "--temperature", "0"], "--temperature 0.0 is not valid"),
+        ([*GENERATE, "--sample", "TRUE", "--top-p", "1.5"], "--top_p 1.5 is not valid"),
+        ([*GENERATE, "--sample", "true", "--seed", "-1"], "--seed -1 is not valid"),
+        ([*GENERATE, "--prompt", ""], "--prompt '': is empty"),
+        ([*GENERATE, "--prompt", "zq" * 200], "the model's context is 128"),
         ([*GENERATE, "--max_steps", "0"], "(--max_steps) 0: give 1 or more"),
         ([*GENERATE, "--stop", ""], "stop string '' would end"),
         ([*GENERATE, "--dtype", "float31"], "--dtype 'float31' is not one of float64, float32"),
         ([*GENERATE, "--device", "tpu9"], "--device 'tpu9' cannot be used here"),
-        ([*GENERATE, "--attn_implementation", "flash"], "--attn_implementation 'flash': give sdpa or eager"),
+        ([*GENERATE, "--attn_implementation", "flash"], "--attn_implementation 'flash' is not one of sdpa"),
         (["generate", "--model", "{model}", "--prompt", ""], "--prompt '': is empty"),
         (["generate", "--model", "{model}", "--prompt", "zq" * 200], "the model's context is 128"),
         (["generate", "--model", "{model}", "--prompt", "\udcff"], "is not valid UTF-8"),
@@ -218,6 +237,17 @@ SELF = ["--generation_strategy", "self_speculative"]
         ([*BENCHMARK, "--max_steps", "0"], "--max_steps 0: give 1 or more"),
         ([*BENCHMARK, "--num_samples", "0"], "--num_samples 0: give 1 or more"),
         ([*BENCHMARK, "--num_samples", "9", "--strategies", "greedy"], "has only 2 prompts"),
+        ([*BENCHMARK, "--batch_size", "0"], "--batch_size 0: give 1 or more"),
+        (
+            [*BENCHMARK, "--batch_size", "3", "--strategies", "greedy"],
+            "--batch_size 3: there are only 2 prompts",
+        ),
+        ([*BENCHMARK, "--sample", "maybe"], "'maybe' is neither True nor False"),
+        ([*BENCHMARK, "--sample", "false", "--top-k", "4"], "--top_k 4 is for sampling"),
+        ([*BENCHMARK, "--temperature", "0"], "--temperature 0.0 is not valid"),
+        ([*BENCHMARK, "--top_p", "0"], "--top_p 0.0 is not valid"),
+        ([*BENCHMARK, "--top_k", "-1"], "--top_k -1 is not valid"),
+        ([*BENCHMARK, "--seed", "-1"], "--seed -1 is not valid"),
         ([*BENCHMARK, "--dataset", "{bad}", "--strategies", "greedy"], "bad.jsonl:2: not JSON"),
         ([*BENCHMARK, "--dataset", "{tmp}/none.jsonl", "--strategies", "greedy"], "cannot be read"),
         ([*BENCHMARK[:-1], "{good}/sub"], "cannot be written to"),
@@ -242,6 +272,19 @@ def test_bad_input_is_one_line(
     assert err.count("\n") == 1
     assert message in err
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_repeated_prompts_are_json_lines_for_a_script(
+    answer: Callable[..., Answer], finished_run: Path
+) -> None:
+    prompts = ["--prompt", PROMPT, "--prompt", "def bert"]
+    model = ["--model", str(finished_run / "export"), "--max_steps", "6"]
+    status, out, err = answer("generate", *model, *prompts, "--sample", "True", "--temperature", "0.8")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (status, [row["prompt"] for row in rows]) == (0, [PROMPT, "def bert"])
+    assert all(row["text"] and row["finish_reason"] for row in rows)
+    assert err.startswith("[2 prompts, ")
+    assert "sampled with temperature 0.8, top_k 0, top_p 1.0, seed 0" in err
 
 
 def test_exits_print_a_table_and_leave_a_plot(

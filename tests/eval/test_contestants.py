@@ -17,10 +17,11 @@ def test_every_contestant_says_the_same(tiny_target: Target) -> None:
     names = ["autoregressive", "self_speculative", "hf_generate", "hf_early_exit"]
     contestants = [make_contestant(name, tiny_target, 10, GIVEN) for name in names]
     prompt = tiny_target.encode("def bert_1(")
-    outputs = [contestant.decode(prompt).tokens for contestant in contestants]
+    outputs = [contestant.decode([prompt], [0])[0].tokens for contestant in contestants]
     assert len(outputs[0]) == 10
     assert outputs == [outputs[0]] * 4
-    assert [contestant.decode(prompt).tokens for contestant in contestants] == outputs  # no leftover state
+    again = [contestant.decode([prompt], [0])[0].tokens for contestant in contestants]
+    assert again == outputs  # no leftover state
     assert [contestant.ours for contestant in contestants] == [True, True, False, False]
     assert [contestant.settings for contestant in contestants] == [{}, GIVEN, {}, GIVEN]
 

@@ -91,6 +91,25 @@ def test_an_output_that_ends_elsewhere_is_a_bug(expected: list[int], got: list[i
     assert (found.got is None) == (len(got) == position)
 
 
+def test_a_model_that_judges_itself_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other rows change what a row gets (LLM.int8's outliers do), that much is no bug."""
+    monkeypatch.setattr("eval.differences.LARGEST_REPLAY", 10)
+    judge, model = examiner(torch.float32)
+    order, logits = ranked(model)
+    gap = float(logits[order[0]] - logits[order[1]])
+    for share, verdict in ((0.4, "bug"), (0.6, "tie")):
+
+        def disturb(module: Any, args: Any, output: torch.Tensor, share: float = share) -> torch.Tensor:
+            output[..., order[5]] -= share * gap * (output.shape[1] % 2)
+            return output
+
+        hook = model.get_output_embeddings().register_forward_hook(disturb)
+        found = judge.compare(TEXT, [order[0]], [order[1]])
+        hook.remove()
+        assert found is not None
+        assert found.verdict == verdict
+
+
 def test_a_model_too_large_to_copy_judges_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.differences.LARGEST_REPLAY", 10)
     judge, model = examiner(torch.float32)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import platform
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BitsAndBytesConfig
 
 from eval import environment
 from eval.environment import command_line, describe_environment, git_revision, versions
@@ -27,6 +31,26 @@ def test_the_environment_is_this_one(tiny_target: Target) -> None:
     assert found.date.tzinfo is not None
     assert found.versions["python"] == platform.python_version()
     assert found.versions["torch"] == version("torch")
+
+
+def test_a_model_that_is_quantized_and_spread_is_described_so(tiny_target: Target) -> None:
+    model: Any = copy.copy(tiny_target.model)
+    model.config = copy.copy(model.config)
+    target = dataclasses.replace(tiny_target, model=model)
+    for how, expected in (
+        (BitsAndBytesConfig(load_in_4bit=True), "float64, 4bit weights of bitsandbytes"),
+        (BitsAndBytesConfig(load_in_8bit=True).to_dict(), "float64, 8bit weights of bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "float64, weights of gptq"),
+    ):
+        model.config.quantization_config = how
+        assert describe_environment(target, seed=3).dtype == expected
+    model.hf_device_map = {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "lm_head": "disk",
+    }
+    assert describe_environment(target, seed=3).device == "cuda:0, cuda:1, disk"
 
 
 def test_packages_that_are_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

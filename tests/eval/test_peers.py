@@ -1,9 +1,10 @@
-"""transformers' own decoding: greedy, quiet, drafting as told, and leaving nothing behind."""
+"""transformers' own decoding: choosing as ours does, quiet, drafting as told, and leaving nothing behind."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,27 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation.candidate_generator import EarlyExitCandidateGenerator
 
+from eval import peers
+from eval.choosing import Choosing, make_rule
 from eval.decoding.speculate import Generation, decode
 from eval.decoding.strategies import make_drafter
-from eval.peers import hf_early_exit, hf_generate
 from eval.target import Target
 from layerskip_model.errors import UserError
 
+GREEDY = Choosing()
 PROMPTS = ["def anna_1(value):\n", "def bert", "    return"]
+
+
+def hf_generate(target: Target, count: int) -> Callable[[list[int]], Generation]:
+    """The peer for one prompt, greedy."""
+    decode_batch = peers.hf_generate(target, count, GREEDY)
+    return lambda prompt: decode_batch([prompt], [0])[0]
+
+
+def hf_early_exit(target: Target, count: int, **settings: int) -> Callable[[list[int]], Generation]:
+    """The same."""
+    decode_batch = peers.hf_early_exit(target, count, GREEDY, **settings)
+    return lambda prompt: decode_batch([prompt], [0])[0]
 
 
 def expected(target: Target, prompt: list[int], count: int) -> list[int]:
@@ -43,16 +58,65 @@ def test_peers_decode_greedily(tiny_target: Target, prompt: str) -> None:
     assert plain.decode_seconds > 0
 
 
-def test_the_models_own_generation_defaults_do_not_change_a_peer(
+def test_the_checkpoints_generation_config_is_honoured_as_ours_honours_it(
     tiny_target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tiny_target.encode(PROMPTS[0])
     before = hf_generate(tiny_target, 12)(ids).tokens
     config: Any = tiny_target.model.generation_config
-    for key, value in {"repetition_penalty": 5.0, "do_sample": True, "min_new_tokens": 9}.items():
+    honoured = {"repetition_penalty": 5.0, "suppress_tokens": [before[3]]}
+    not_meant_for_us = {"do_sample": True, "use_cache": False, "max_new_tokens": 3}
+    for key, value in (honoured | not_meant_for_us).items():
         monkeypatch.setattr(config, key, value)
-    assert hf_generate(tiny_target, 12)(ids).tokens == before
-    assert hf_early_exit(tiny_target, 12, exit_layer=1, num_speculations=2)(ids).tokens == before
+    after = ours(tiny_target, ids, 12).tokens
+    assert after != before
+    assert len(after) == 12
+    assert hf_generate(tiny_target, 12)(ids).tokens == after
+    assert hf_early_exit(tiny_target, 12, exit_layer=1, num_speculations=2)(ids).tokens == after
+
+
+def test_a_batch_is_decoded_like_its_prompts_alone(
+    tiny_target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [tiny_target.encode(prompt) for prompt in PROMPTS] + [[5] * 125]  # the context is 128
+    free = [ours(tiny_target, prompt, 12).tokens for prompt in prompts]
+    end = next(t for tokens in free for t in tokens[1:] if not all(t in others for others in free[:3]))
+    monkeypatch.setattr(tiny_target.model.generation_config, "eos_token_id", end)
+    together = peers.hf_generate(tiny_target, 12, GREEDY)(prompts, [0, 1, 2, 3])
+    alone = [ours(tiny_target, prompt, 12) for prompt in prompts]
+    assert {one.finish_reason for one in alone} == {"eos", "length", "context"}
+    for ours_alone, theirs in zip(alone, together, strict=True):
+        assert (theirs.tokens, theirs.finish_reason) == (ours_alone.tokens, ours_alone.finish_reason)
+    assert len({one.decode_seconds for one in together}) == 1
+
+
+def sampled(target: Target, choosing: Choosing, stream: int) -> list[list[int]]:
+    ids = target.encode(PROMPTS[1])
+    made = (
+        peers.hf_generate(target, 12, choosing),
+        peers.hf_early_exit(target, 12, choosing, exit_layer=2, num_speculations=3),
+    )
+    return [peer([ids], [stream])[0].tokens for peer in made]
+
+
+def test_peers_sample_by_seed_and_stream_and_leave_torchs_numbers_alone(tiny_target: Target) -> None:
+    hot = Choosing(sample=True, temperature=5.0)
+    torch.manual_seed(3)
+    expected_next = torch.rand(4)
+    torch.manual_seed(3)
+    first = sampled(tiny_target, hot, 0)
+    assert torch.equal(torch.rand(4), expected_next)
+    assert sampled(tiny_target, hot, 0) == first
+    others = [
+        sampled(tiny_target, hot, 1),
+        sampled(tiny_target, Choosing(sample=True, temperature=5.0, seed=2**64 - 1), 0),
+    ]
+    for other in others:
+        assert all(a != b for a, b in zip(first, other, strict=True))
+    greedy = expected(tiny_target, tiny_target.encode(PROMPTS[1]), 12)
+    assert first != [greedy] * 2
+    for cold in (Choosing(sample=True, top_k=1), Choosing(sample=True, temperature=5.0, top_p=1e-6)):
+        assert sampled(tiny_target, cold, 0) == [greedy] * 2
 
 
 class DraftLengths:
@@ -133,6 +197,7 @@ def test_nothing_is_warned_about(tiny_target: Target) -> None:
     try:
         hf_generate(tiny_target, 8)(ids)
         hf_early_exit(tiny_target, 8, exit_layer=1, num_speculations=2)(ids)
+        peers.hf_generate(tiny_target, 8, GREEDY)([[5] * 125, ids], [0, 1])  # the context is 128
         assert records.messages == []
         logging.getLogger("transformers.generation.utils").warning("together with generation-related")
         assert len(records.messages) == 1  # nothing is hidden from others
@@ -143,18 +208,18 @@ def test_nothing_is_warned_about(tiny_target: Target) -> None:
 def ours(target: Target, prompt: list[int], count: int) -> Generation:
     drafter = make_drafter("autoregressive", target.runner)
     eos = target.eos_token_ids
-    return decode(target.runner, drafter, [prompt], max_new_tokens=count, eos_token_ids=eos)[0]
+    rule = make_rule(target, GREEDY)
+    return decode(target.runner, drafter, [prompt], max_new_tokens=count, eos_token_ids=eos, rule=rule)[0]
 
 
 def test_peers_end_where_ours_ends(tiny_target: Target) -> None:
     near_the_end = [5] * 120  # the context is 128
     for prompt, count in ((near_the_end, 50), (near_the_end, 8), ([5] * 127, 3)):
         reference = ours(tiny_target, prompt, count)
-        peers = (
+        for peer in (
             hf_generate(tiny_target, count),
             hf_early_exit(tiny_target, count, exit_layer=2, num_speculations=4),
-        )
-        for peer in peers:
+        ):
             found = peer(prompt)
             assert (found.tokens, found.finish_reason) == (reference.tokens, reference.finish_reason)
 

@@ -218,3 +218,81 @@ def test_a_failure_in_rendering_leaves_the_old_report(
     with pytest.raises(RuntimeError):
         write_report(report(title="New"), tmp_path)
     assert contents(tmp_path) == before
+
+
+def both_ways(**fields: Any) -> Report:
+    """A report with greedy and sampled strategies."""
+    counts = {"accepted_lengths": [2], "drafted": 2, "accepted": 1, "peak_bytes": 205_000_000}
+    base = [one.model_copy(update={"peak_bytes": 200_000_000, "added_bytes": 4_100_000}) for one in BASELINE]
+    settings = {"exit_layer": 4, "num_speculations": 6}
+    greedy = [prompt(i, 10, 1.0, tokens_equal=True, added_bytes=5_500_000, **counts) for i in range(4)]
+    drawn = [prompt(i, 10, 1.6 + i / 10, **{**counts, "accepted_lengths": [3]}) for i in range(4)]
+    twin = {"name": "autoregressive", "label": "Autoregressive", "sampled": True}
+    given: dict[str, Any] = {
+        "sampled": [strategy(base, None, **twin), strategy(drawn, base, settings=settings, sampled=True)],
+        "settings": {"sampling": {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0}},
+        **fields,
+    }
+    ours = strategy(greedy, base, settings=settings, predicted_speedup=1.75, weight_bytes=95_900_000)
+    return report(ours, **given)
+
+
+def test_the_sampled_speedup_stands_beside_the_greedy_one(tmp_path: Path) -> None:
+    found = both_ways()
+    _, markdown, html = written(found, tmp_path)
+    sampled = found.sampled[1].speedup_median
+    assert sampled is not None
+    shown = f"{sampled.value:.2f}x [{sampled.low:.2f},{sampled.high:.2f}]"
+    first, second = (line for line in markdown.splitlines() if line.startswith("| Draft") and "x [" in line)
+    assert "| 2.00x [2.00,2.00] | 2.00x [2.00,2.00] | 1.75 | 2.00 | " + shown + " | 3.00 |" in first
+    assert "(sampled)" in second
+    assert second.count(shown) == 1
+    assert second.split("|")[8].strip() == "-"  # identical outputs
+    assert "## Strategies, sampled at temperature 0.7\n" in markdown
+    assert "drawn from exactly the distribution" in markdown
+    assert "Fastest lossless strategy, sampled at temperature 0.7: Draft (sampled)" in markdown
+    assert html.count("<h2>Strategies") == 2
+
+
+def test_both_speedups_fit_the_terminal(tmp_path: Path) -> None:
+    found = both_ways()
+    text = printed(strategy_table(found), 80)
+    assert "Strategies, greedy and sampled at temperature 0.7" in text
+    header = text[: text.index("Autoregressive")]
+    for title in ("Speedup", "Sampled", "dicted", "Equal"):
+        assert title in header
+    for spared in ("Prefill", "Tri-"):
+        assert spared not in header
+    for whole in ("2.00x", "1.14x", "3.00", "4/4", "1.75", "num_speculations=6"):
+        assert whole in text
+    write_report(found, tmp_path)
+    lines = (tmp_path / "table.txt").read_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "Prefill" in printed(
+        strategy_table(report(found.strategies[1])), 80
+    )  # there is room without the twins
+
+
+def test_only_sampled(tmp_path: Path) -> None:
+    found = Report(**{**both_ways().model_dump(), "strategies": []})
+    _, markdown, _ = written(found, tmp_path)
+    assert "## Strategies\n" not in markdown
+    assert "## Strategies, sampled at temperature 0.7\n" in markdown
+    text = printed(strategy_table(found), 80)
+    assert "Strategies, sampled at temperature 0.7" in text
+    assert "Draft (sampled)" in text
+
+
+def test_memory_has_a_table_of_its_own_where_it_was_measured(tmp_path: Path) -> None:
+    _, markdown, _ = written(both_ways(), tmp_path)
+    section = markdown[markdown.index("## Memory") : markdown.index("## Settings")]
+    assert "| Draft, exit_layer=4, num_speculations=6 | 205.0 | 5.5 | 1.014 |" in section
+    assert "| Autoregressive (sampled) (baseline) | 200.0 | 4.1 | - |" in section
+    assert "## Memory" not in written(report(), tmp_path)[1]
+
+
+def test_a_strategy_that_could_not_take_part_is_named(tmp_path: Path) -> None:
+    found = report(skipped={"hf_early_exit": "it wants one prompt at a time"})
+    _, markdown, _ = written(found, tmp_path)
+    assert "- hf_early_exit is left out: it wants one prompt at a time." in markdown
+    assert "hf_early_exit is left out" in printed(strategy_table(found))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +57,80 @@ def test_loading_is_silent_and_leaves_the_bars_as_they_were(
         assert transformers_logging.is_progress_bar_enabled() == before
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+# What the command line says of a place, and what of it is wrong.
+WRONG_PLACES: list[tuple[dict[str, str], str]] = [
+    ({"device": "cpu", "device_map": "auto"}, "--device 'cpu' and --device_map 'auto': give one of the two"),
+    ({"device_map": "cpu"}, "--device_map 'cpu' is not one of auto, balanced, balanced_low_0, sequential;"),
+    ({"device": "meta"}, "--device 'meta' cannot be used here"),
+    ({"device": "gpu"}, "--device 'gpu' cannot be used here"),
+    ({"quantization": "3bit"}, "--quantization '3bit' is not one of 4bit, 8bit"),
+    ({"quantization": "4bit", "dtype": "float64"}, "--quantization 4bit cannot compute in float64"),
+    ({"quantization": "8bit", "device": "cpu"}, "--quantization 8bit needs a CUDA GPU"),
+    ({"attn_implementation": "flash"}, "--attn_implementation 'flash' is not one of sdpa, eager, flash_att"),
+    (
+        {"attn_implementation": "flash_attention_2", "device": "cpu", "dtype": "bfloat16"},
+        "--attn_implementation flash_attention_2 needs a GPU and --dtype bfloat16 or float16",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_PLACES)
+def test_a_wrong_place_is_one_line(finished_run: Path, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_target(run=str(finished_run), **wrong)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """As if there were a GPU: what the model would be loaded with."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("eval.target.load_model", lambda name, **how: told.update(how))
+    monkeypatch.setattr("eval.target.Runner", lambda model: None)
+    return told
+
+
+def test_the_flags_reach_the_loading(
+    finished_run: Path, on_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    load_target(run=str(finished_run), quantization="4bit")
+    assert (on_gpu["quantization"], on_gpu["dtype"]) == ("4bit", "bfloat16")
+    assert on_gpu["device_map"] == torch.device("cuda")
+    load_target(
+        run=str(finished_run), device_map="auto", dtype="float16", attn_implementation="flash_attention_2"
+    )
+    assert (on_gpu["device_map"], on_gpu["quantization"]) == ("auto", None)
+    assert (on_gpu["dtype"], on_gpu["attn_implementation"]) == ("float16", "flash_attention_2")
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "float32"}, {"dtype": "float64"}])
+def test_flash_attention_wants_half_precision(
+    finished_run: Path, on_gpu: dict[str, Any], wrong: dict[str, str]
+) -> None:
+    with pytest.raises(UserError, match=f"not {wrong['dtype']} on a GPU"):
+        load_target(run=str(finished_run), attn_implementation="flash_attention_2", **wrong)
+    assert not on_gpu
+
+
+def test_bitsandbytes_that_is_not_there_is_one_line(
+    finished_run: Path, on_gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"--quantization 8bit needs bitsandbytes \(pip install") as caught:
+        load_target(run=str(finished_run), quantization="8bit")
+    assert "\n" not in str(caught.value)
+    assert not on_gpu
+
+
+def test_a_device_map_on_a_machine_without_gpu(finished_run: Path) -> None:
+    target = load_target(run=str(finished_run), device_map="auto")
+    assert target.runner.device == torch.device("cpu")
+    assert target.runner.dtype == torch.float32
 
 
 def test_training_points_are_the_log(finished_run: Path) -> None:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from layerskip_model.early_exit import EarlyExitModel, ExitLoss
 from layerskip_model.layer_dropout import LayerDropout
+from layerskip_model.processes import leave
 from tests.tiny_models import tiny_model
-from train.processes import leave
 
 PER_RANK = 2
 ROWS = 2 * PER_RANK

@@ -36,7 +36,7 @@ class Growing:
 def logits_in_chunks(runner: Runner, tokens: Tensor, chunks: list[int], middle: int) -> Tensor:
     cache, tables, begin, parts = Growing(), runner.tables(32, 32), 0, []
     for count in chunks:
-        context = runner.chain_context(cache, tables, begin, count)
+        context = runner.span(cache, tables, begin, count)
         hidden = runner.run(runner.embed(tokens[:, begin : begin + count]), 0, middle, context)
         parts.append(runner.logits(runner.run(hidden, middle, runner.num_layers, context)))
         begin += count
@@ -63,7 +63,7 @@ def test_rows_at_any_positions_equal_a_chain() -> None:
     tables = runner.tables(32, 32)
     position = torch.arange(12)[None].expand(2, -1)
     seen = position[:, None] <= position[..., None]
-    context = runner.context(Growing(), tables, position, seen, position)
+    context = runner.scattered(Growing(), tables, position, seen, position)
     with torch.inference_mode():
         actual = runner.logits(runner.run(runner.embed(TOKENS), 0, 4, context))
         torch.testing.assert_close(actual, logits_in_chunks(runner, TOKENS, [12], 2), rtol=0, atol=TOLERANCE)
@@ -72,7 +72,7 @@ def test_rows_at_any_positions_equal_a_chain() -> None:
 def test_run_reading_gives_the_states_that_leave_layers() -> None:
     model = tiny_model()
     runner = Runner(model)
-    context = runner.chain_context(Growing(), runner.tables(32, 32), 0, 12)
+    context = runner.span(Growing(), runner.tables(32, 32), 0, 12)
     with torch.inference_mode():
         hidden, states = runner.run_reading(runner.embed(TOKENS), 0, 4, context, (2, 0, 3))
         expected = model(input_ids=TOKENS, output_hidden_states=True).hidden_states  # entry 0: embeddings
@@ -88,7 +88,7 @@ def test_masks_only_where_needed() -> None:
     runner = Runner(tiny_model("mistral"))
     tables = runner.tables(16, 16)
     for begin, count, needed in ((0, 5, False), (0, 6, True), (4, 1, False), (5, 1, True), (2, 2, True)):
-        context = runner.chain_context(Growing(), tables, begin, count)
+        context = runner.span(Growing(), tables, begin, count)
         assert (context.masks["sliding_attention"] is not None) == needed, (begin, count)
 
 
@@ -110,7 +110,7 @@ def test_horizon_fixes_scalings_that_depend_on_length() -> None:
     short, long = runner.tables(12, 40), runner.tables(40, 44)
     cos = short.rotary["full_attention"][0]
     assert cos.shape[1] == 40
-    assert torch.equal(cos[:, 12:], cos[:, 11:12].expand(-1, 28, -1))
+    assert torch.equal(cos[:, 12:], cos[:, 11:12].expand_as(cos[:, 12:]))
     assert not torch.allclose(cos[:, :12], long.rotary["full_attention"][0][:, :12])
 
 
@@ -138,8 +138,8 @@ def test_nan_weights_are_refused() -> None:
 
 def test_unknown_attention_is_refused() -> None:
     model = tiny_model()
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UserError, match=r"flash_attention_2.*'sdpa' or 'eager'"):
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(UserError, match=r"flex_attention.*sdpa, eager"):
         Runner(model)
     model = tiny_model("qwen3")
     model.config.layer_types[1] = "linear_attention"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
+from layerskip_model.processes import leave
 from tests.train.toy_heads import ToyHeads
 from train import UserError, load_recipe, train
 from train.objectives import OBJECTIVES
-from train.processes import leave
 
 if __name__ == "__main__":
     OBJECTIVES["toy_heads"] = ToyHeads

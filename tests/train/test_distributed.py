@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from layerskip_model.processes import PATIENCE
 from tests.train.tiny_runs import (
     assert_close_logs,
     assert_close_weights,
@@ -22,7 +23,6 @@ from tests.train.toy_heads import ToyHeads
 from train import parse_recipe, train
 from train.checkpoint import list_checkpoints, load_file
 from train.objectives import OBJECTIVES
-from train.processes import PATIENCE
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "even": {"evaluate": {"sequences": 7}},

@@ -11,9 +11,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from eval.decoding.acceptance import Outcome, Rule
-from eval.decoding.cache import Cache, SlotView, SpanView
+from eval.decoding.cache import SlotView, SpanView
+from eval.decoding.capture import new_cache
 from eval.decoding.tree import Draft, after_prefix, ancestor_mask, by_slot
-from layerskip_model.runner import Context, Runner
+from layerskip_model.context import Context
+from layerskip_model.runner import Runner
 
 Range = tuple[int, int | None]  # lowest and highest value of a setting; None: no upper limit
 
@@ -44,7 +46,6 @@ class State:
         streams: Sequence[int] | None = None,
     ) -> None:
         """Make room for texts of `horizon` tokens, prompt included, and for `max_nodes` nodes after them."""
-        capacity = horizon + max_nodes
         batch = len(prompts)
         self.runner = runner
         self.rule = rule
@@ -52,8 +53,8 @@ class State:
         self.texts = [list(prompt) for prompt in prompts]
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.batch = batch
-        self.cache = Cache(batch, runner.num_layers, capacity)
-        self.tables = runner.tables(horizon, capacity)
+        self.cache = new_cache(runner, batch, horizon + max_nodes)
+        self.tables = runner.tables(horizon, self.cache.capacity)
         self._row = torch.arange(batch, device=runner.device)[:, None]
         self._nodes = torch.arange(-1, max_nodes, device=runner.device)[None]
         self._true = torch.ones((1, max_nodes), dtype=torch.bool, device=runner.device)
@@ -74,7 +75,12 @@ class State:
         self._start = self.lengths[0] if len(set(self.lengths)) == 1 else None
 
     def chain_length(self, wanted: int) -> int:
-        """How many drafts, at most `wanted`, the roomiest row can take beside the target's own token."""
+        """How many drafts, at most `wanted`, the roomiest row can take beside the target's own token.
+
+        As many as wanted where shapes are fixed: what no row has room for is padding.
+        """
+        if self.runner.fixed_shapes:
+            return wanted
         return min(wanted, max(self._rooms()) - 1)
 
     def chain(
@@ -116,19 +122,19 @@ class State:
         else:
             seen = after_prefix(visible, self.length, extent)
         view = SlotView(self.cache, self._row, draft.slot[:, first:stop], extent)
-        return self.runner.context(view, self.tables, draft.position[:, first:stop], seen, key_position)
+        return self.runner.scattered(view, self.tables, draft.position[:, first:stop], seen, key_position)
 
     def chain_context(self, first: int, count: int) -> Context:
         """The context of rows first..first+count-1 of a chain that begins after the committed prefix."""
         if self._start is not None:
             begin = self._start + first
             span = SpanView(self.cache, begin, begin + count)
-            return self.runner.chain_context(span, self.tables, begin, count)
-        slot = self.length + self._nodes[:, first + 1 : first + count + 1]  # [batch, count]
+            return self.runner.span(span, self.tables, begin, count)
+        begin = self.length + first  # [batch, 1]
+        ahead = self._nodes[:, 1 : count + 1]
         extent = max(self.lengths) + first + count
-        key = self.tables.position[:, :extent]
-        view = SlotView(self.cache, self._row, slot, extent)
-        return self.runner.context(view, self.tables, slot, key[:, None] <= slot[..., None], key)
+        view = SlotView(self.cache, self._row, begin + ahead, extent)
+        return self.runner.ragged(view, self.tables, begin, ahead, extent)
 
     def _rooms(self) -> list[int]:
         return [room for room, finished in zip(self.room, self.finished, strict=True) if not finished]

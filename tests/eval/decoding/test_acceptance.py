@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eval.decoding.acceptance import greedy, longest_path
+from eval.decoding.acceptance import Greedy, greedy, longest_path
+from eval.decoding.shaping import Shaping
 from eval.decoding.tree import Draft
 
 
@@ -68,3 +69,16 @@ def test_padding_and_riders_are_never_accepted() -> None:
     riders = torch.tensor([[True, True, False, True, False]])
     outcome = greedy(logits, draft_of(tokens, parents, candidate=riders))
     assert (outcome.path, outcome.tokens, outcome.drafted) == ([[0, 1]], [[4, 5]], [2])
+
+
+def test_greedy_with_a_shaping_chooses_by_shaped_logits_and_reports_the_targets_own() -> None:
+    rule = Greedy(Shaping({"suppress_tokens": [4]}, (), 10))
+    logits = one_hot([[4, 5, 3]]) * 2 + one_hot([[6, 1, 1]])
+    nothing: Any = None  # no setting looks at the text
+    token, q = rule.draft(nothing, logits[:, :1], [])
+    assert (token.tolist(), q) == ([[6]], None)
+    outcome = rule.accept(nothing, logits, draft_of([[1, 6, 5]], [[-1, 0, 1]]))
+    assert (outcome.tokens, outcome.path) == ([[6, 5, 3]], [[0, 1, 2]])
+    assert outcome.logits is logits
+    plain = Greedy().accept(nothing, logits, draft_of([[1, 6, 5]], [[-1, 0, 1]]))
+    assert plain.tokens == [[4]]

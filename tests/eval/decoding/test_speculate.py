@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from eval.decoding.speculate import Generation, Listener, decode
 from eval.decoding.strategies import make_drafter
+from layerskip_model.context import Context
 from layerskip_model.errors import UserError
 from layerskip_model.runner import Runner
 from tests.tiny_models import agreeing_model, tiny_model
@@ -101,21 +102,23 @@ def test_early_exit_decodes_with_the_first_layers() -> None:
 def test_no_layer_runs_twice_for_a_token() -> None:
     """Rows that enter each layer: E-1 and below one by one, the others all in one pass."""
     rows: dict[int, list[int]] = {layer: [] for layer in range(4)}
-
-    def record(layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows[layer].append(args[0].shape[1])
-
-        return hook
-
-    hooks = [
-        layer.register_forward_pre_hook(record(index)) for index, layer in enumerate(AGREEING.backbone.layers)
-    ]
     head = [0]
-    hooks.append(AGREEING.backbone.norm.register_forward_hook(lambda *_: head.__setitem__(0, head[0] + 1)))
-    row = run(AGREEING, [PROMPTS[0]], "self_speculative", exit_layer=2, num_speculations=3)[0]
-    for hook in hooks:
-        hook.remove()
+
+    class Recording(Runner):
+        def run(self, hidden: Tensor, start: int, stop: int, context: Context) -> Tensor:
+            for layer in range(start, stop):
+                rows[layer].append(hidden.shape[1])
+            return super().run(hidden, start, stop, context)
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            head[0] += 1
+            return super().logits(hidden)
+
+    recording = Recording(AGREEING.model)
+    head[0] = 0
+    for calls in rows.values():
+        calls.clear()
+    row = run(recording, [PROMPTS[0]], "self_speculative", exit_layer=2, num_speculations=3)[0]
     drafts = []
     room = 15
     for won in row.accepted_lengths:

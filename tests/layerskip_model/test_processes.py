@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from train.processes import leave
+from layerskip_model.processes import leave
 
 GROUP_OF_ONE = """
 import torch
-from train.processes import leave
+from layerskip_model.processes import leave
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 print("said", flush=False)
 leave({status})

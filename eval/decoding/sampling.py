@@ -1,0 +1,156 @@
+"""Speculative sampling: drafts that are drawn, and a verification that leaves the target's distribution as it is.
+
+Algorithm 1 of arXiv 2211.17192, algorithm 2 of arXiv 2302.01318.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from eval.decoding.acceptance import Outcome, Rule
+from eval.decoding.shaping import Shaping
+from eval.decoding.tree import Draft
+from layerskip_model.errors import UserError
+from layerskip_model.layer_dropout import uniform_hash
+
+if TYPE_CHECKING:
+    from eval.decoding.drafters.base import State
+
+DRAFT, ACCEPT, OWN = range(3)  # the purposes that a random number can serve
+
+
+class Sampling(Rule):
+    """Draws tokens; the target's distribution p is kept exactly, whatever the drafter's q.
+
+    A draft x ~ q is accepted with probability min(1, p(x) / q(x)). The first one that is not is replaced by a
+    token from norm(max(p - q, 0)); when all are accepted, one more token comes from p. Both p and q are shaped
+    alike. Autoregressive decoding is the case of no drafts.
+
+    Every random number is a function of the seed, the row's stream, the place of the token in the row's new
+    text and the purpose: to draw a draft for that place, to accept it, or to draw the target's own token
+    there. So a row's output depends neither on its batch nor on the machine, but for rounding.
+
+    Numbers of a place are used again when a draft there is discarded because an earlier one was rejected. That
+    is sound: whether the draft at a place is accepted, and what replaces it there, depends on numbers of that
+    place and of places before it only, never on what was drafted after it. So the tokens kept by a step, and
+    how many they are, say nothing about the numbers of the places after them, and to the next step, which uses
+    only those, they are as good as new. How many drafts a step has depends on the text and the room left, not
+    on numbers of later places; a draft that is padding is not looked at, and its place's numbers are used by
+    the step that gets there. The target's own token takes its number by its place too, after accepted drafts
+    as after a rejected one.
+
+    One decode at a time: `begin` draws the numbers for all its rows.
+    """
+
+    def __init__(self, shaping: Shaping, seed: int) -> None:
+        self.shaping = shaping
+        self.seed = seed
+
+    def begin(self, state: State) -> None:
+        """Draw the numbers of every row and bring them to the device at once."""
+        shortest = min(state.prompt_lengths)
+        table = random_numbers(self.seed, state.streams, state.cache.capacity - shortest + 1)
+        self._table = torch.from_numpy(table).to(state.length.device)  # [batch, places, 3]
+        self._row = torch.arange(state.batch, device=state.length.device)[:, None]
+        self._begin = torch.tensor(state.prompt_lengths).to(state.length.device)[:, None]  # [batch, 1]
+
+    def draft(self, state: State, logits: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """A token drawn from q, [batch, 1], and q, [batch, 1, vocab]."""
+        q = self.shaping.after_chain(state, logits, tokens).softmax(dim=-1)
+        return draw(q, self._numbers(state.length + len(tokens), DRAFT)), q
+
+    def accept(self, state: State, logits: Tensor, draft: Draft) -> Outcome:
+        """Accept drafts up to the first rejection and draw the target's own token.
+
+        Raises ValueError for a tree, and for drafts that come without the distribution they were drawn from;
+        UserError where no token has a probability.
+        """
+        if draft.num_nodes > 1 and (draft.q is None or not draft.is_chain):
+            raise ValueError("sampling verifies chains whose tokens were drawn by `Rule.draft` only")
+        # 1. The target's distribution after every node.
+        p = self.shaping.after_nodes(state, logits, draft).softmax(dim=-1)  # [batch, n, vocab]
+        q = p[:, :0] if draft.q is None else draft.q  # [batch, n - 1, vocab]
+        # 2. Accept drafts up to the first that is rejected or not up for acceptance.
+        drafts = draft.tokens[:, 1:]  # [batch, n - 1]
+        proposed = (draft.valid & draft.candidate)[:, 1:]
+        kept = self._numbers(draft.position[:, 1:], ACCEPT) < acceptance(p[:, :-1], q, drafts)
+        taken = (kept & proposed).cumprod(dim=1).sum(dim=1, keepdim=True)  # [batch, 1]
+        # 3. Draw the target's own token after the last accepted node.
+        weights = own_weights(p, q, proposed, taken)  # [batch, 1, vocab]
+        own = draw(weights, self._numbers(draft.position.gather(1, taken) + 1, OWN))  # [batch, 1]
+        possible = weights.gather(2, own[..., None])[..., 0] > 0
+        # 4. Tell the host: the step's one synchronisation.
+        columns = [taken, own, possible, proposed.sum(dim=1, keepdim=True), drafts]
+        outcome = Outcome(draft, [], [], [], logits)
+        for row, (count, token, ok, drafted, *tokens) in enumerate(torch.cat(columns, dim=1).tolist()):
+            if not ok and not state.finished[row]:
+                raise UserError(no_token(row))
+            outcome.path.append(list(range(count + 1)))
+            outcome.tokens.append([*tokens[:count], token])
+            outcome.drafted.append(drafted)
+        return outcome
+
+    def _numbers(self, position: Tensor, purpose: int) -> Tensor:
+        """The numbers of places in the text, [batch, n] -> [batch, n]."""
+        return self._table[self._row, position - self._begin, purpose]
+
+
+def random_numbers(seed: int, streams: list[int], places: int) -> np.ndarray:
+    """Numbers in [0, 1) by stream, place in the new text and purpose, float64 [streams, places, 3]."""
+    purpose = np.arange(3, dtype=np.uint64)
+    place = np.arange(places, dtype=np.uint64)[:, None]
+    stream = np.asarray(streams, dtype=np.uint64)[:, None, None]
+    return uniform_hash(seed, 0, stream, place, purpose)
+
+
+def acceptance(p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
+    """min(1, p(x) / q(x)) for tokens x [batch, n], drawn from q; p and q [batch, n, vocab]."""
+    index = tokens[..., None]
+    return (p.gather(2, index) / q.gather(2, index))[..., 0].clamp(max=1.0)
+
+
+def own_weights(p: Tensor, q: Tensor, proposed: Tensor, taken: Tensor) -> Tensor:
+    """What the target's own token is drawn from, [batch, 1, vocab], not normalised.
+
+    p [batch, n, vocab], q [batch, n - 1, vocab], proposed [batch, n - 1], taken [batch, 1]. After a rejected
+    draft it is the residual; where no draft was up for acceptance it is p.
+    """
+    index = taken[..., None].expand(-1, -1, p.shape[2])
+    target = p.gather(1, index)
+    drafter = F.pad(q, (0, 0, 0, 1)).gather(1, index)
+    rejected = F.pad(proposed, (0, 1)).gather(1, taken)
+    return torch.where(rejected[..., None], residual(target, drafter), target)
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """max(p - q, 0), [..., vocab], not normalised; p where that is nothing.
+
+    It is nothing if p equals q, when no draft is rejected, or all but equals it and one is, by rounding.
+    """
+    rest = (p - q).clamp(min=0.0)
+    return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
+
+
+def draw(weights: Tensor, numbers: Tensor) -> Tensor:
+    """Draw tokens by weights that need not be normalised: inverse of the cumulative distribution.
+
+    Weights [..., vocab] and numbers from 0 to 1, [...] -> [...]. Never a token of weight 0, also for a number
+    of 1 and where sums are rounded (unless all weights are 0 or some are not numbers: then token 0).
+    """
+    # A device adds in parallel: rounding may let a sum rise where the weight is 0.
+    total = weights.double().cumsum(dim=-1).masked_fill(weights <= 0, 0.0)
+    mark = numbers.clamp(max=1 - 2.0**-53)[..., None] * total.amax(dim=-1, keepdim=True)
+    return (total > mark).int().argmax(dim=-1)  # the first
+
+
+def no_token(row: int) -> str:
+    """The error of a row that nothing can follow."""
+    return (
+        f"prompt {row}: no token has a probability there: the generation config forbids every one, or the logits "
+        "are not numbers; relax it, raise the temperature, or load the model with another --dtype"
+    )
