@@ -6,7 +6,6 @@ Everything that can be made once for a whole decode is, and a step takes views o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -62,6 +61,10 @@ class Tables:
             self.masks[kind, count] = self.additive(kind, key <= row, row, key)
         return self.masks[kind, count][None, None, :, capacity - begin : capacity + count]
 
+    def additives(self, seen: Tensor, query: Tensor, key: Tensor) -> dict[str, Tensor | None]:
+        """`additive` of every attention kind, for all heads, [batch, 1, rows, keys]."""
+        return {kind: self.additive(kind, seen, query, key)[:, None] for kind in self.windows}
+
     def additive(self, kind: str, seen: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """A mask [..., rows, keys]: 0 where a row sees a key and no window hides it, else very negative.
 
@@ -112,6 +115,8 @@ class Span:
     begin: int
     count: int
     attention: str
+    _rotary: dict[str, Rotary] | None = None  # made when first asked for; functools' way cannot be compiled
+    _masks: dict[str, Tensor | None] | None = None
 
     @property
     def end(self) -> int:
@@ -123,19 +128,26 @@ class Span:
         """In a prefill without a mask."""
         return self.count > 1
 
-    @cached_property
+    @property
     def position(self) -> Tensor:
         """[1, count], a view."""
         return self.tables.position[:, self.begin : self.end]
 
-    @cached_property
+    @property
     def rotary(self) -> dict[str, Rotary]:
         """Views."""
-        return self.tables.span(self.begin, self.end)
+        if self._rotary is None:
+            self._rotary = self.tables.span(self.begin, self.end)
+        return self._rotary
 
-    @cached_property
+    @property
     def masks(self) -> dict[str, Tensor | None]:
         """Views, but for the mask of a prefill, which would be as large as all others together."""
+        if self._masks is None:
+            self._masks = self._make_masks()
+        return self._masks
+
+    def _make_masks(self) -> dict[str, Tensor | None]:
         if self.attention not in MASKED:
             return dict.fromkeys(self.tables.windows)
         no_mask = self.count == 1 or (self.begin == 0 and self.attention == "sdpa")
@@ -164,24 +176,29 @@ class Ragged:
     begin: Tensor
     ahead: Tensor
     end: int
+    _rotary: dict[str, Rotary] | None = None
+    _masks: dict[str, Tensor | None] | None = None
     is_causal: ClassVar[bool] = False
 
-    @cached_property
+    @property
     def position(self) -> Tensor:
         """[batch, rows]."""
         return self.begin + self.ahead
 
-    @cached_property
+    @property
     def rotary(self) -> dict[str, Rotary]:
         """Of each row's own positions."""
-        return self.tables.at(self.position)
+        if self._rotary is None:
+            self._rotary = self.tables.at(self.position)
+        return self._rotary
 
-    @cached_property
+    @property
     def masks(self) -> dict[str, Tensor | None]:
         """[batch, 1, rows, end]."""
-        query, key = self.position[..., None], self.tables.position[:, None, : self.end]
-        seen = key <= query
-        return {kind: self.tables.additive(kind, seen, query, key)[:, None] for kind in self.tables.windows}
+        if self._masks is None:
+            query, key = self.position[..., None], self.tables.position[:, None, : self.end]
+            self._masks = self.tables.additives(key <= query, query, key)
+        return self._masks
 
 
 @dataclass
@@ -197,17 +214,21 @@ class Scattered:
     position: Tensor
     seen: Tensor
     key_position: Tensor
+    _rotary: dict[str, Rotary] | None = None
+    _masks: dict[str, Tensor | None] | None = None
     is_causal: ClassVar[bool] = False
 
-    @cached_property
+    @property
     def rotary(self) -> dict[str, Rotary]:
         """Of each row's own positions."""
-        return self.tables.at(self.position)
+        if self._rotary is None:
+            self._rotary = self.tables.at(self.position)
+        return self._rotary
 
-    @cached_property
+    @property
     def masks(self) -> dict[str, Tensor | None]:
         """[batch, 1, rows, keys]."""
-        query, key = self.position[..., None], self.key_position[:, None]
-        return {
-            kind: self.tables.additive(kind, self.seen, query, key)[:, None] for kind in self.tables.windows
-        }
+        if self._masks is None:
+            query, key = self.position[..., None], self.key_position[:, None]
+            self._masks = self.tables.additives(self.seen, query, key)
+        return self._masks

@@ -7,7 +7,7 @@ by `Runner`, which calls the model's own layers otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,16 +53,6 @@ class FusedLayer:
         self.output = Linear([attention.o_proj])
         self.gate_up = Linear([mlp.gate_proj, mlp.up_proj])
         self.down = Linear([mlp.down_proj])
-
-    def weights(self) -> Iterator[Tensor]:
-        """Every tensor that the layer reads, but for those of norms that are modules."""
-        for part in (self.qkv, self.output, self.gate_up, self.down):
-            yield part.transposed
-            if part.bias is not None:
-                yield part.bias
-        for norm in (self.input_norm, self.output_norm, *(self.head_norms or ())):
-            if isinstance(norm, RMSNorm):
-                yield norm.weight
 
     def __call__(self, hidden: Tensor, batch: int, context: Any, kind: str) -> Tensor:
         """Run the layer. Hidden states [batch * rows, hidden] -> the same shape; `context` as in `Runner.run`."""

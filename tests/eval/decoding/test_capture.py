@@ -30,7 +30,7 @@ def test_passes_of_fixed_shape_give_the_same_tokens(kind: str, strategy: str) ->
         plain, static = (run(one, strategy, prompts) for one in (runner, graphs))
         assert [row.tokens for row in static] == [row.tokens for row in plain]
         assert [row.accepted_lengths for row in static] == [row.accepted_lengths for row in plain]
-    assert len({id(cache) for cache, *_ in graphs._graphs}) == 2  # one for each batch size
+    assert len({id(cache) for cache, *_ in graphs._passes}) == 2  # one for each batch size
 
 
 def test_a_longer_text_gets_a_larger_cache_and_reads_no_more_of_it_than_needed() -> None:
@@ -43,7 +43,7 @@ def test_a_longer_text_gets_a_larger_cache_and_reads_no_more_of_it_than_needed()
         run(graphs, "autoregressive", long, 40)[0].tokens == run(runner, "autoregressive", long, 40)[0].tokens
     )
     assert graphs._caches[1].capacity == 2 * BUCKET
-    assert sorted(extent for cache, _, _, extent in graphs._graphs if cache is graphs._caches[1]) == [
+    assert sorted(extent for cache, _, _, extent in graphs._passes if cache is graphs._caches[1]) == [
         BUCKET,
         2 * BUCKET,
     ]
@@ -60,9 +60,8 @@ def test_a_compiled_pass_gives_the_same_tokens() -> None:
     assert len(compiled._passes) == 1
 
 
-@pytest.mark.slow
 def test_every_compiled_pass_gives_the_same_tokens() -> None:
-    """Compiling takes some ten seconds a pass on two cores."""
+    """Those of drafts, the last of a draft and verifications, of spans and of ragged rows."""
     runner = Runner(agreeing_model(num_hidden_layers=2))
     compiled = captured(runner)
     assert isinstance(compiled, CompiledRunner)
