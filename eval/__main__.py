@@ -138,6 +138,10 @@ def benchmark(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
+    compile: Annotated[
+        bool, _flag("compile", "capture passes: torch.compile on a CPU, CUDA graphs on a GPU")
+    ] = False,
+    profile: Annotated[bool, _flag("profile", "say where the time of a step goes")] = False,
     output_dir: Annotated[
         str | None, _flag("output_dir", "for report.json, report.md, report.html and table.txt")
     ] = None,
@@ -152,7 +156,7 @@ def benchmark(
 
     from eval.benchmark import Request, run_together
     from eval.ranks import join_ranks
-    from eval.report import strategy_table, write_report
+    from eval.report import tables, write_report
     from eval.target import load_target
 
     names = [name.strip() for name in strategies.split(",") if name.strip()]
@@ -169,6 +173,8 @@ def benchmark(
         top_k,
         top_p,
         seed,
+        compile,
+        profile,
     )
     ranks = join_ranks()
     with ranks.together(), output_directory(output_dir if ranks.is_first else None) as place:
@@ -184,7 +190,7 @@ def benchmark(
         report = run_together(target, request, ranks)
         if report is None:
             return
-        Console().print(strategy_table(report))
+        Console().print(*tables(report))
         if place is not None:
             write_report(report, place)
             print(f"report: {place / 'report.html'}")

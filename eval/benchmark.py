@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eval.choosing import Choosing, peer_config
-from eval.contestants import ONE_PROMPT_ONLY, Contestant, contestant_name, make_contestant
+from eval.contestants import (
+    NOT_COMPILED,
+    ONE_PROMPT_ONLY,
+    Contestant,
+    contestant_name,
+    make_contestant,
+    not_compiled,
+)
+from eval.decoding.capture import captured
+from eval.decoding.strategies import STRATEGIES
 from eval.differences import Examiner
 from eval.environment import describe_environment
 from eval.exits import heldout_texts, measure_exits
-from eval.measure import Results, described, failure, measure, merged, warm_up
+from eval.measure import Results, described, failure, measure, merged, profile, warm_up
 from eval.memory import weight_bytes
 from eval.prediction import with_prediction
 from eval.prompts import (
@@ -22,17 +31,18 @@ from eval.prompts import (
     encode_prompts,
     evenly_spaced,
     make_batches,
+    warm_up_batches,
     warm_up_prompt,
 )
 from eval.ranks import ALONE, Ranks
 from eval.results import Report, StrategyResult
-from eval.summary import summarise
+from eval.summary import summarise, with_ratio
 from eval.target import Target
 from layerskip_model.errors import UserError
 from layerskip_model.jsonl import read_prompts
 
 BASELINE = "autoregressive"
-STRATEGIES = (BASELINE, "self_speculative", "hf_generate", "hf_early_exit")
+DEFAULT = (BASELINE, "self_speculative", "hf_generate", "hf_early_exit")
 TEMPERATURE = 0.8  # of what is measured beside the greedy table
 
 
@@ -51,11 +61,13 @@ class Request:
         temperature: of the sampling; default: TEMPERATURE.
         top_k, top_p: of the sampling; default: the checkpoint's own.
         seed: of all that is drawn, the bootstrap's samples too.
+        compile: whether passes are captured (`eval.decoding.capture`); greedy ones are measured without, too.
+        profile: whether to say where the steps' time goes.
 
     Raises UserError for what is wrong on any model.
     """
 
-    strategies: Sequence[str] = STRATEGIES
+    strategies: Sequence[str] = DEFAULT
     exit_layer: int | None = None
     num_speculations: int | None = None
     dataset: str | Path = HELDOUT
@@ -67,10 +79,12 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    compile: bool = False
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if not self.strategies:
-            raise UserError(f"--strategies: is empty; name some, such as {','.join(STRATEGIES)}")
+            raise UserError(f"--strategies: is empty; name some, such as {','.join(DEFAULT)}")
         for name in self.strategies:
             contestant_name(name)
         for flag in ("num_samples", "max_steps", "batch_size"):
@@ -102,7 +116,10 @@ def run_benchmark(target: Target, request: Request) -> Report:
 def run_together(target: Target, request: Request, ranks: Ranks) -> Report | None:
     """`run_benchmark` with the batches split over processes; the report is the first one's, None the others'."""
     # 1. Everything that can be refused is refused now.
-    contestants, skipped = make_contestants(target, request)
+    eager = target
+    if request.compile:
+        target = replace(target, runner=captured(target.runner))
+    contestants, skipped = make_contestants(target, request, eager)
     dataset = dataset_path(target, request.dataset)
     rows = read_prompts(dataset)
     chosen = evenly_spaced(rows, request.num_samples)
@@ -116,7 +133,8 @@ def run_together(target: Target, request: Request, ranks: Ranks) -> Report | Non
     length = run.length if run is not None else 0
 
     # 2. Warm up on a prompt that is not measured.
-    warm_up(contestants, aside, request.batch_size)
+    longest = max(len(tokens) for batch in batches for tokens in batch.tokens)
+    warm_up(contestants, warm_up_batches(aside, request.batch_size, longest if request.compile else 0))
 
     # 3. Time, compare, and say what came of it.
     shares = ranks.exchange(measure(contestants, share, target, show=ranks.is_first))
@@ -127,6 +145,7 @@ def run_together(target: Target, request: Request, ranks: Ranks) -> Report | Non
         found |= {index: failure(prompts[index], described(error)) for index, error in unfit.items()}
     judge(results, prompts, Examiner(target))
     strategies = conclude(target, contestants, results, request.seed)
+    profiles = profile(contestants, share) if request.profile else []
     return Report(
         title=f"Decoding {Path(target.name).name if run is None else run.directory.name}",
         model=target.name,
@@ -137,6 +156,7 @@ def run_together(target: Target, request: Request, ranks: Ranks) -> Report | Non
             "num_samples": len(chosen),
             "max_steps": request.max_steps,
             "batch_size": request.batch_size,
+            "compile": request.compile,
             "weight_bytes": weight_bytes(target.model, target.runner.device),
             **ranks.settings(target.runner.device),
             **choosing_settings(target, request),
@@ -144,13 +164,19 @@ def run_together(target: Target, request: Request, ranks: Ranks) -> Report | Non
         strategies=[strategy for strategy in strategies if not strategy.sampled],
         sampled=[strategy for strategy in strategies if strategy.sampled],
         skipped=skipped,
+        profile=profiles,
         exits=measure_exits(target.model, target.tokenizer, texts, length) if run is not None else None,
         training=training,
     )
 
 
-def make_contestants(target: Target, request: Request) -> tuple[list[Contestant], dict[str, str]]:
-    """The strategies to measure, greedy and sampled as asked for, and by name why others are left out."""
+def make_contestants(
+    target: Target, request: Request, eager: Target
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The strategies to measure, greedy and sampled as asked for, and by name why others are left out.
+
+    Where the target's passes are captured, the first of them are measured with `eager` too.
+    """
     given = settings_for(target, request)
     names = dict.fromkeys([BASELINE, *map(contestant_name, request.strategies)])
     skipped = {name: ONE_PROMPT_ONLY[name] for name in names if name in ONE_PROMPT_ONLY}
@@ -161,6 +187,14 @@ def make_contestants(target: Target, request: Request) -> tuple[list[Contestant]
         for name in names
         if name not in skipped
     ]
+    if request.compile:
+        first = request.choosings()[0]
+        twins = [
+            make_contestant(name, eager, request.max_steps, given, first)
+            for name in names
+            if name in STRATEGIES
+        ]
+        contestants += map(not_compiled, twins)
     return contestants, skipped
 
 
@@ -214,4 +248,8 @@ def conclude(
         )
         for contestant in contestants
     ]
-    return [with_prediction(target, summary) for summary in summaries]
+    summaries = [with_prediction(target, summary) for summary in summaries]
+    twins = {
+        (s.name.removesuffix(NOT_COMPILED), s.sampled): s for s in summaries if s.name.endswith(NOT_COMPILED)
+    }
+    return [with_ratio(summary, twins.get((summary.name, summary.sampled)), seed) for summary in summaries]

@@ -154,6 +154,28 @@ MEMORY_COLUMNS = [
         lambda row: number(row.strategy.memory_ratio, ".3f"),
     ),
 ]
+
+
+def _phase(title: str, phase: str, meaning: str) -> Column:
+    return Column(title, meaning, lambda profile: _milliseconds(profile.phases[phase]))
+
+
+def _milliseconds(seconds: float) -> str:
+    return number(seconds, ".3f", scale=1000)
+
+
+PROFILE_COLUMNS = [
+    Column("Strategy", "", lambda profile: profile.label + (", sampled" if profile.sampled else "")),
+    Column("Step", "A verification and all that goes with it.", lambda profile: _milliseconds(profile.step)),
+    _phase("Draft", "draft forwards", "The drafter's forwards."),
+    _phase("Verify", "verify forward", "The target's forward over the draft."),
+    _phase("Choose", "choosing drafts", "Choosing the drafted tokens."),
+    _phase("Accept", "acceptance", "Accepting a path; it waits for the device."),
+    _phase("Cache", "cache", "Keeping the path in the cache."),
+    Column("Python", "The rest: contexts, limits, the loop.", lambda profile: _milliseconds(profile.python)),
+    Column("Bare", "The forwards alone, back to back.", lambda profile: _milliseconds(profile.bare)),
+    Column("Over, %", "How much Step is above Bare.", lambda profile: number(profile.overhead, ".1f", 100)),
+]
 SAMPLED_COLUMNS = [
     Column(
         "Sampled speedup",

@@ -6,14 +6,18 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from eval import peers
 from eval.choosing import Choosing, make_rule
+from eval.decoding.drafters.base import Drafter
 from eval.decoding.speculate import Generation, decode
 from eval.decoding.strategies import ALIASES, STRATEGIES, make_drafter
+from eval.profile import Profile, profile_decode
 from eval.target import Target
 from layerskip_model.errors import UserError
+from layerskip_model.runner import Runner
 
 PEERS: dict[str, tuple[Callable[..., peers.Decode], str, tuple[str, ...]]] = {
     "hf_generate": (peers.hf_generate, "transformers generate", ()),
@@ -35,20 +39,30 @@ def contestant_name(name: str) -> str:
     return found
 
 
+NOT_COMPILED = "_not_compiled"  # behind a name
+
 Key = tuple[str, bool]
 """A strategy's name, and whether it samples."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One row of a table. `decode` continues prompts in one batch, each with its stream of random numbers."""
+    """One row of a table. `decode` continues prompts in one batch, each with its stream of random numbers.
+
+    `profile` does the same for its own strategies and says where the time goes.
+    """
 
     name: str
     label: str
     settings: dict[str, Any]
     choosing: Choosing
     decode: peers.Decode
-    ours: bool
+    profile: Callable[[list[list[int]], list[int]], Profile] | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether the one loop decodes it."""
+        return self.profile is not None
 
     @property
     def key(self) -> Key:
@@ -75,24 +89,31 @@ def make_contestant(
         if needs:
             make_drafter("self_speculative", target.runner, **settings)  # the same settings, the same limits
         decode_batch = make(target, max_new_tokens, choosing, **settings)
-        return Contestant(name, label, settings, choosing, decode_batch, ours=False)
+        return Contestant(name, label, settings, choosing, decode_batch)
     fields = {field.name for field in dataclasses.fields(STRATEGIES[name].Settings)}
     settings = {key: value for key, value in given.items() if key in fields and value is not None}
     if name == "autoregressive":
         settings = {}
-    drafter = make_drafter(name, target.runner, **settings)
-    make_rule(target, choosing)
+
+    def new_drafter(runner: Runner) -> Drafter:
+        return make_drafter(name, runner, **settings)
+
+    new_rule = partial(make_rule, target, choosing)
+    drafter, _ = new_drafter(target.runner), new_rule()  # refused now, if at all
+    limits: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_ids": target.eos_token_ids}
 
     def run(prompts: list[list[int]], streams: list[int]) -> list[Generation]:
-        return decode(
-            target.runner,
-            make_drafter(name, target.runner, **settings),
-            prompts,
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=target.eos_token_ids,
-            rule=make_rule(target, choosing),
-            streams=streams,
-        )
+        runner = target.runner
+        return decode(runner, new_drafter(runner), prompts, rule=new_rule(), streams=streams, **limits)
+
+    def profile(prompts: list[list[int]], streams: list[int]) -> Profile:
+        return profile_decode(target.runner, new_drafter, new_rule, prompts, streams=streams, **limits)
 
     shown = {key: value for key, value in dataclasses.asdict(drafter.settings).items() if value is not None}
-    return Contestant(name, name.replace("_", " "), shown, choosing, run, ours=True)
+    return Contestant(name, name.replace("_", " "), shown, choosing, run, profile)
+
+
+def not_compiled(contestant: Contestant) -> Contestant:
+    """The same under the name of a twin, to stand beside one whose passes are captured."""
+    label = f"{contestant.label}, not compiled"
+    return dataclasses.replace(contestant, name=f"{contestant.name}{NOT_COMPILED}", label=label)

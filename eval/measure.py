@@ -14,12 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from eval.contestants import Contestant, Key
 from eval.decoding.speculate import Generation
 from eval.memory import Memory, peak_memory
-from eval.prompts import Batch, Prompt
-from eval.results import PromptResult
+from eval.profile import Profile
+from eval.prompts import Batch, Prompt, evenly_spaced
+from eval.results import PromptResult, StepProfile
 from eval.statistics import distinct_trigram_share
 from eval.target import Target
 
 MEMORY_REPEATS = 3
+PROFILED = 8  # batches
 
 
 @dataclass
@@ -34,11 +36,12 @@ Results = dict[Key, dict[int, Measured]]
 """strategy -> index of a prompt -> what came of it"""
 
 
-def warm_up(contestants: Sequence[Contestant], prompt: list[int], batch_size: int) -> None:
+def warm_up(contestants: Sequence[Contestant], batches: Sequence[list[list[int]]]) -> None:
     """Decode something that is not measured. What fails here fails there too, and is reported there."""
-    for contestant in contestants:
-        with suppress(Exception):
-            contestant.decode([prompt] * batch_size, list(range(batch_size)))
+    for prompts in batches:
+        for contestant in contestants:
+            with suppress(Exception):
+                contestant.decode(prompts, list(range(len(prompts))))
 
 
 def measure(
@@ -129,6 +132,32 @@ def _result(
         distinct_trigram_share=distinct_trigram_share([generation.tokens]),
         text=str(target.tokenizer.decode(generation.tokens)),
     )
+
+
+def profile(contestants: Sequence[Contestant], batches: Sequence[Batch]) -> list[StepProfile]:
+    """Where the time of the own strategies goes, over some of the batches, each by every strategy in turn."""
+    chosen = evenly_spaced(batches, min(PROFILED, len(batches)))
+    ours = [(contestant, contestant.profile) for contestant in contestants if contestant.profile is not None]
+    found = {contestant.key: Profile() for contestant, _ in ours}
+    for batch in chosen:
+        for contestant, run in ours:
+            with suppress(Exception):  # what fails here failed when it was timed, and was reported
+                found[contestant.key] += run(batch.tokens, batch.streams)
+    return [
+        StepProfile(
+            name=contestant.name,
+            label=contestant.label,
+            sampled=contestant.choosing.sample,
+            steps=total.steps,
+            step=total.plain / total.steps,
+            phases={phase: seconds / total.steps for phase, seconds in total.seconds.items()},
+            python=total.python / total.steps,
+            bare=total.bare / total.steps,
+            overhead=total.overhead,
+        )
+        for contestant, _ in ours
+        if (total := found[contestant.key]).steps
+    ]
 
 
 def measure_memory(

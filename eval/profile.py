@@ -54,10 +54,9 @@ class Profile:
         return self.plain / self.bare - 1.0
 
     def __add__(self, other: Profile) -> Profile:
-        seconds = {phase: self.seconds[phase] + other.seconds[phase] for phase in PHASES}
         return Profile(
             self.steps + other.steps,
-            seconds,
+            {phase: self.seconds[phase] + other.seconds[phase] for phase in PHASES},
             self.total + other.total,
             self.plain + other.plain,
             self.bare + other.bare,
@@ -78,7 +77,9 @@ def profile_decode(
     plain = decode(runner, make_drafter(runner), prompts, rule=make_rule(), **options)
     clock = _Clock(runner)
     drafter = make_drafter(clock.runner)
-    rows = decode(clock.runner, clock.watch(drafter), prompts, rule=_TimedRule(make_rule(), clock), **options)
+    rule = _TimedRule(make_rule(), clock)
+    rows = decode(clock.runner, clock.watch(drafter), prompts, rule=rule, **options)
+    del rule.cache.keep  # the cache may be kept for other decodes
     assert [row.tokens for row in rows] == [row.tokens for row in plain]
     profile = clock.profile
     profile.steps = max(row.target_forwards for row in rows)
@@ -144,12 +145,13 @@ class _TimedRule(Rule):
 
     def begin(self, state: State) -> None:
         self.rule.begin(state)
-        keep = state.cache.keep
+        self.cache = state.cache
+        keep = self.cache.keep
 
         def timed_keep(path: list[list[int]], slot: Tensor | None = None) -> None:
             self.clock.timed("cache", keep, path, slot)
 
-        state.cache.keep = timed_keep  # type: ignore[method-assign]
+        self.cache.keep = timed_keep  # type: ignore[method-assign]
 
     def draft(self, state: State, logits: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return self.clock.timed("choosing drafts", self.rule.draft, state, logits, tokens)

@@ -17,13 +17,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from eval.columns import EXIT_COLUMNS, Column, how_sampled, strategy_columns, strategy_rows
+from eval.columns import EXIT_COLUMNS, PROFILE_COLUMNS, Column, how_sampled, strategy_columns, strategy_rows
 from eval.plots import plot_exits, to_svg
 from eval.results import ExitQuality, Report
 from eval.sections import headline, sections
 from layerskip_model.errors import UserError
 
-__all__ = ["exits_table", "plot_exits", "strategy_table", "write_report"]
+__all__ = ["exits_table", "plot_exits", "strategy_table", "tables", "write_report"]
 
 TABLE_WIDTH = 80  # of table.txt
 
@@ -37,7 +37,7 @@ def write_report(report: Report, output_dir: Path) -> None:
     files = {
         "report.json": json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
         "report.md": _render("report.md.j2", report),
-        "table.txt": _plain_text(strategy_table(report)),
+        "table.txt": "\n".join(_plain_text(table) for table in tables(report)),
         "report.html": _render("report.html.j2", report),
     }
     try:
@@ -48,6 +48,11 @@ def write_report(report: Report, output_dir: Path) -> None:
         ) from error
     for name, text in files.items():
         _write_whole(output_dir / name, text)
+
+
+def tables(report: Report) -> list[Table]:
+    """What the terminal shows of a report."""
+    return [strategy_table(report), *([profile_table(report)] if report.profile else [])]
 
 
 def strategy_table(report: Report) -> Table:
@@ -61,6 +66,11 @@ def strategy_table(report: Report) -> Table:
     table = _fitting(f"Strategies, {' and '.join(ways)}", strategy_columns(report), rows)
     table.caption = Text("\n".join(headline(report)), justify="left")
     return table
+
+
+def profile_table(report: Report) -> Table:
+    """Where the strategies' steps go, for the terminal."""
+    return _fitting("Milliseconds a step", PROFILE_COLUMNS, report.profile)
 
 
 def exits_table(exits: Sequence[ExitQuality]) -> Table:

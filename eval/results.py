@@ -116,7 +116,8 @@ class StrategyResult(_Record):
     added_bytes are the largest measured. memory_ratio is the model's weights and the added bytes over the same for
     the baseline's decode of that batch. acceptance_rate is for chains only. acceptance_at[i] is the share of the
     proposals reaching position i that were accepted there, None if none reached it. `equal` of `compared`
-    outputs have the baseline's token ids.
+    outputs have the baseline's token ids. over_eager: where its passes were captured, its tokens per second over
+    those of its twin whose were not, the median over batches.
     """
 
     name: str
@@ -137,11 +138,31 @@ class StrategyResult(_Record):
     peak_bytes: int | None
     added_bytes: int | None
     memory_ratio: float | None
+    over_eager: Estimate | None = None
     equal: int
     compared: int
     distinct_trigram_share: float | None
     failed: int
     left_out: int
+
+
+class StepProfile(_Record):
+    """Where a strategy's step goes, in seconds a step, the prefill left out.
+
+    phases and python are parts of an instrumented decode, the device synchronised at every boundary; step is the
+    same decode's without instruments, bare is what its forwards take when run one right after the other, and
+    overhead is step / bare - 1.
+    """
+
+    name: str
+    label: str
+    sampled: bool
+    steps: int
+    step: float
+    phases: dict[str, float]
+    python: float
+    bare: float
+    overhead: float
 
 
 class ExitQuality(_Record):
@@ -183,6 +204,7 @@ class Report(_Record):
     strategies: list[StrategyResult] = Field(default_factory=list)
     sampled: list[StrategyResult] = Field(default_factory=list)
     skipped: dict[str, str] = Field(default_factory=dict)
+    profile: list[StepProfile] = Field(default_factory=list)
     exits: list[ExitQuality] | None = None
     training: list[TrainingPoint] | None = None
 

@@ -13,9 +13,11 @@ from eval.columns import (
     EXIT_COLUMNS,
     MEMORY_COLUMNS,
     NONE,
+    PROFILE_COLUMNS,
     STRATEGY_COLUMNS,
     Column,
     how_sampled,
+    interval,
     number,
     strategy_columns,
     strategy_rows,
@@ -60,6 +62,11 @@ def headline(report: Report) -> list[str]:
         if strategy.failed:
             total = len(strategy.prompts)
             lines.append(f"{marked(strategy)}: {strategy.failed} of {total} prompts failed.")
+    lines += [
+        f"Compiled over not compiled, {s.label}: {interval(s.over_eager)}."
+        for s in _all(report)
+        if s.over_eager
+    ]
     lines += [f"{name} is left out: {reason}." for name, reason in report.skipped.items()]
     return lines
 
@@ -100,6 +107,7 @@ def sections(report: Report) -> list[Section]:
         _sampled(report),
         _acceptance(strategies),
         _memory(report),
+        _profile(report),
         _differences(strategies),
         _failures(strategies),
         _exits(report.exits or []),
@@ -170,6 +178,18 @@ def _memory(report: Report) -> Section | None:
         return None
     note = "Of the largest batch, in 10^6 bytes, in a decode of its own that is not timed."
     return Section("Memory", MEMORY_COLUMNS, rows, [note])
+
+
+def _profile(report: Report) -> Section | None:
+    if not report.profile:
+        return None
+    steps = max(profile.steps for profile in report.profile)
+    notes = [
+        f"Milliseconds, means over up to {steps:,} steps of some of the batches, the prefill left out. Step and Bare"
+        " are without instruments; the parts between them are of a decode with the device synchronised at every"
+        " boundary, and are a little more than the whole."
+    ]
+    return Section("Where a step's time goes", PROFILE_COLUMNS, report.profile, notes)
 
 
 def _differences(strategies: Sequence[StrategyResult]) -> Section | None:

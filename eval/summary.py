@@ -75,6 +75,14 @@ def summarise(
     )
 
 
+def with_ratio(strategy: StrategyResult, eager: StrategyResult | None, seed: int) -> StrategyResult:
+    """The strategy with its speed over that of its twin that is not compiled, if there is one."""
+    pairs = _comparable(by_batch(strategy.prompts), by_batch(eager.prompts)) if eager is not None else []
+    if eager is strategy or not pairs:
+        return strategy
+    return strategy.model_copy(update={"over_eager": median_ratio(*_speedup_columns(pairs), seed=seed)})
+
+
 def by_batch(prompts: Sequence[PromptResult]) -> list[Decoded]:
     """The prompts that did not fail, those of a batch together, in the order of the batches."""
     found: dict[int, list[PromptResult]] = {}

@@ -13,4 +13,4 @@ python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
     exit 2
 }
 python -m train recipes/quickstart/gpu-1b.yaml "output_dir=$run"
-python -m eval benchmark --run "$run" --dtype bfloat16 --compile True --profile True --output_dir "$run/report"
+python -m eval benchmark --run "$run" --dtype bfloat16 --compile --profile --output_dir "$run/report"

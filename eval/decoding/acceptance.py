@@ -87,7 +87,9 @@ def greedy(logits: Tensor, draft: Draft) -> Outcome:
     Logits [batch, n, vocab]. The bonus is the argmax after the last accepted node.
     """
     best = logits.argmax(dim=-1)  # [batch, n]
-    proposed = torch.where(draft.valid & draft.candidate, draft.tokens, -1)  # no argmax equals -1
+    proposed = draft.tokens
+    if not draft.is_complete:
+        proposed = torch.where(draft.valid & draft.candidate, proposed, -1)  # no argmax equals -1
     columns = [proposed, best] if draft.is_chain else [proposed, best, draft.parents]
     host = torch.stack(columns, dim=1).tolist()  # the step's one synchronisation
     chain = list(range(-1, draft.num_nodes - 1))

@@ -74,14 +74,16 @@ class Sampling(Rule):
             raise ValueError("sampling verifies chains whose tokens were drawn by `Rule.draft` only")
         # 1. The target's distribution after every node.
         p = self.shaping.after_nodes(state, logits, draft).softmax(dim=-1)  # [batch, n, vocab]
-        q = p[:, :0] if draft.q is None else draft.q  # [batch, n - 1, vocab]
-        # 2. Accept drafts up to the first that is rejected or not up for acceptance.
         drafts = draft.tokens[:, 1:]  # [batch, n - 1]
         proposed = (draft.valid & draft.candidate)[:, 1:]
-        kept = self._numbers(draft.position[:, 1:], ACCEPT) < acceptance(p[:, :-1], q, drafts)
-        taken = (kept & proposed).cumprod(dim=1).sum(dim=1, keepdim=True)  # [batch, 1]
+        if draft.q is None:  # nothing was drafted
+            taken, weights = torch.zeros_like(draft.tokens), p
+        else:
+            # 2. Accept drafts up to the first that is rejected or not up for acceptance.
+            kept = self._numbers(draft.position[:, 1:], ACCEPT) < acceptance(p[:, :-1], draft.q, drafts)
+            taken = (kept & proposed).cumprod(dim=1).sum(dim=1, keepdim=True)  # [batch, 1]
+            weights = own_weights(p, draft.q, proposed, taken)  # [batch, 1, vocab]
         # 3. Draw the target's own token after the last accepted node.
-        weights = own_weights(p, q, proposed, taken)  # [batch, 1, vocab]
         own = draw(weights, self._numbers(draft.position.gather(1, taken) + 1, OWN))  # [batch, 1]
         possible = weights.gather(2, own[..., None])[..., 0] > 0
         # 4. Tell the host: the step's one synchronisation.

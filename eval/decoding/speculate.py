@@ -7,7 +7,7 @@ keeps that path.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -148,7 +148,8 @@ def decode(
         # 3. Verify it: one forward of the layers that have not seen it yet.
         logits, states = verify(state, drafter, draft)
         # 4. Accept a path and the target's own next token.
-        outcome = replace(rule.accept(state, logits, draft), states=states)
+        outcome = rule.accept(state, logits, draft)
+        outcome.states.update(states)
         count(state, outcome, generations)
         # 5. Keep that path in the cache; the next draft overwrites the rest.
         keep(state, outcome)

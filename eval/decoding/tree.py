@@ -28,6 +28,7 @@ class Draft:
             ancestors and itself. All nodes see the committed prefix.
         is_chain: every node's parent is the node before it, slot = position, `visible` is None. Known without
             looking.
+        is_complete: every node is a valid candidate. Known without looking; False where it is not known.
     """
 
     tokens: Tensor
@@ -41,6 +42,7 @@ class Draft:
     q: Tensor | None = None
     visible: Tensor | None = None
     is_chain: bool = False
+    is_complete: bool = False
 
     @property
     def num_nodes(self) -> int:

@@ -90,18 +90,20 @@ class State:
         n = tokens.shape[1]
         shape = (self.batch, n)
         true = self._true[:, :n].expand(shape)
+        is_complete = min(self._rooms()) >= n
         position = self.length + self._nodes[:, 1 : n + 1]
         return Draft(
             tokens=tokens,
             parents=self._nodes[:, :n].expand(shape),
             position=position,
             slot=position,
-            valid=true if min(self._rooms()) >= n else self._nodes[:, 1 : n + 1] < self._room,
+            valid=true if is_complete else self._nodes[:, 1 : n + 1] < self._room,
             candidate=true,
             entry_layer=entry_layer,
             hidden=hidden,
             q=q,
             is_chain=True,
+            is_complete=is_complete,
         )
 
     def context(self, draft: Draft, first: int = 0, stop: int | None = None) -> Context:
