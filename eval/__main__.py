@@ -29,6 +29,9 @@ TopP = Annotated[
     float | None, _flag("top_p", "sample among the most likely tokens of this total probability")
 ]
 Seed = Annotated[int, _flag("seed", "of all random numbers")]
+Compile = Annotated[
+    bool, _flag("compile", "capture passes: torch.compile on a CPU, CUDA graphs on a GPU; slow to start")
+]
 Dtype = Annotated[
     str | None, _flag("dtype", "float32 (default on a CPU), bfloat16 (on a GPU), float16, float64")
 ]
@@ -71,6 +74,7 @@ def generate(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
+    compile: Compile = False,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -81,7 +85,7 @@ def generate(
     from eval.choosing import Choosing
     from eval.decoding.strategies import strategy_name
     from eval.generate import Generator, interact
-    from eval.target import load_target
+    from eval.target import load_target, with_captured_passes
 
     if "" in (prompt or []):
         raise UserError("--prompt '': is empty; give some text to continue, or leave it out to type prompts")
@@ -97,7 +101,7 @@ def generate(
         attn_implementation=attn_implementation,
     )
     generator = Generator.make(
-        target,
+        with_captured_passes(target) if compile else target,
         strategy,
         max_new_tokens=max_steps,
         stop=stop or [],
@@ -138,9 +142,7 @@ def benchmark(
     top_k: TopK = None,
     top_p: TopP = None,
     seed: Seed = 0,
-    compile: Annotated[
-        bool, _flag("compile", "capture passes: torch.compile on a CPU, CUDA graphs on a GPU")
-    ] = False,
+    compile: Compile = False,
     profile: Annotated[bool, _flag("profile", "say where the time of a step goes")] = False,
     output_dir: Annotated[
         str | None, _flag("output_dir", "for report.json, report.md, report.html and table.txt")

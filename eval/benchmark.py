@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from eval.contestants import (
     make_contestant,
     not_compiled,
 )
-from eval.decoding.capture import captured
 from eval.decoding.strategies import STRATEGIES
 from eval.differences import Examiner
 from eval.environment import describe_environment
@@ -37,7 +36,7 @@ from eval.prompts import (
 from eval.ranks import ALONE, Ranks
 from eval.results import Report, StrategyResult
 from eval.summary import summarise, with_ratio
-from eval.target import Target
+from eval.target import Target, with_captured_passes
 from layerskip_model.errors import UserError
 from layerskip_model.jsonl import read_prompts
 
@@ -118,7 +117,7 @@ def run_together(target: Target, request: Request, ranks: Ranks) -> Report | Non
     # 1. Everything that can be refused is refused now.
     eager = target
     if request.compile:
-        target = replace(target, runner=captured(target.runner))
+        target = with_captured_passes(target)
     contestants, skipped = make_contestants(target, request, eager)
     dataset = dataset_path(target, request.dataset)
     rows = read_prompts(dataset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from eval.decoding.capture import captured
 from eval.results import TrainingPoint
 from layerskip_model.context import MASKED
 from layerskip_model.errors import UserError
@@ -174,6 +175,11 @@ def load_target(
             attn_implementation=attn_implementation,
         )
     return Target(name, loaded, tokenizer, Runner(loaded), files)
+
+
+def with_captured_passes(target: Target) -> Target:
+    """The same target, its passes captured (`eval.decoding.capture`). Raises UserError where they cannot be."""
+    return replace(target, runner=captured(target.runner))
 
 
 def _run_beside(model: Path) -> RunFiles | None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from eval.decoding.acceptance import Outcome, Rule
@@ -122,10 +121,11 @@ def own_weights(p: Tensor, q: Tensor, proposed: Tensor, taken: Tensor) -> Tensor
     p [batch, n, vocab], q [batch, n - 1, vocab], proposed [batch, n - 1], taken [batch, 1]. After a rejected
     draft it is the residual; where no draft was up for acceptance it is p.
     """
-    index = taken[..., None].expand(-1, -1, p.shape[2])
-    target = p.gather(1, index)
-    drafter = F.pad(q, (0, 0, 0, 1)).gather(1, index)
-    rejected = F.pad(proposed, (0, 1)).gather(1, taken)
+    last = q.shape[1] - 1
+    draft = taken.clamp(max=last)  # the one after the last that was accepted, or else the last one
+    target = p.gather(1, taken[..., None].expand(-1, -1, p.shape[2]))
+    drafter = q.gather(1, draft[..., None].expand(-1, -1, p.shape[2]))
+    rejected = proposed.gather(1, draft) & (taken <= last)
     return torch.where(rejected[..., None], residual(target, drafter), target)
 
 
@@ -145,9 +145,9 @@ def draw(weights: Tensor, numbers: Tensor) -> Tensor:
     of 1 and where sums are rounded (unless all weights are 0 or some are not numbers: then token 0).
     """
     # A device adds in parallel: rounding may let a sum rise where the weight is 0.
-    total = weights.double().cumsum(dim=-1).masked_fill(weights <= 0, 0.0)
+    total = weights.cumsum(dim=-1, dtype=torch.float64).masked_fill_(weights <= 0, 0.0)
     mark = numbers.clamp(max=1 - 2.0**-53)[..., None] * total.amax(dim=-1, keepdim=True)
-    return (total > mark).int().argmax(dim=-1)  # the first
+    return (total > mark).byte().argmax(dim=-1)  # the first
 
 
 def no_token(row: int) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from eval.results import PromptResult
 from eval.statistics import median_ratio, pooled_rate, pooled_ratio
+from eval.summary import with_ratio
 from tests.eval.samples import BASELINE, failed, prompt, strategy
 
 
@@ -110,3 +111,15 @@ def test_memory_is_the_largest_batchs_and_its_ratio_paired() -> None:
         assert strategy(measured(*ours), measured(*base), weight_bytes=90).memory_ratio is None
     assert strategy(measured(110, 20), None, weight_bytes=90).memory_ratio is None
     assert strategy(measured(110, 20), measured(100, 0)).memory_ratio is None  # nothing to compare with
+
+
+def test_a_compiled_strategy_is_compared_with_its_twin() -> None:
+    compiled = strategy([prompt(0, 10, 1.0), prompt(1, 10, 1.0)])
+    twin = strategy([prompt(0, 10, 1.5), prompt(1, 10, 2.0), prompt(2, 10, 9.0)])
+    assert compiled.over_eager is None
+    found = with_ratio(compiled, twin, 0).over_eager
+    assert found is not None
+    assert found.value == pytest.approx(np.median([1.5, 2.0]))
+    assert with_ratio(twin, twin, 0).over_eager is None
+    assert with_ratio(compiled, None, 0).over_eager is None
+    assert with_ratio(compiled, strategy([failed(0)]), 0).over_eager is None
