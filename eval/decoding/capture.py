@@ -152,7 +152,7 @@ class _Graph:
         def run() -> Forward:
             return function(self.inputs, seen, self.begin, runner, work, stored, tables)
 
-        self._run = recorded(run) if inputs.device.type == "cuda" else run
+        self._run = recorded(run, inputs.device) if inputs.device.type == "cuda" else run
 
     def __call__(self, inputs: Tensor, begin: int | Tensor) -> Forward:
         """The pass over these rows. What it returns is the caller's to keep."""
@@ -218,17 +218,18 @@ def compiled(function: Callable[..., Forward]) -> Callable[..., Forward]:
     return torch.compile(twin, fullgraph=True, options=trusted)
 
 
-def recorded(run: Callable[[], Forward]) -> Callable[[], Forward]:
+def recorded(run: Callable[[], Forward], device: torch.device) -> Callable[[], Forward]:
     """A CUDA graph of `run`; each call of it overwrites what the one before returned."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
+    with torch.cuda.device(device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = run()
 
     def replay() -> Forward:
         graph.replay()
