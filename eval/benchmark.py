@@ -30,7 +30,6 @@ from eval.prompts import (
     encode_prompts,
     evenly_spaced,
     make_batches,
-    warm_up_batches,
     warm_up_prompt,
 )
 from eval.ranks import ALONE, Ranks
@@ -132,8 +131,7 @@ def run_together(target: Target, request: Request, ranks: Ranks) -> Report | Non
     length = run.length if run is not None else 0
 
     # 2. Warm up on a prompt that is not measured.
-    longest = max(len(tokens) for batch in batches for tokens in batch.tokens)
-    warm_up(contestants, warm_up_batches(aside, request.batch_size, longest if request.compile else 0))
+    warm_up(contestants, aside, request.batch_size)
 
     # 3. Time, compare, and say what came of it.
     shares = ranks.exchange(measure(contestants, share, target, show=ranks.is_first))

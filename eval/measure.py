@@ -36,12 +36,11 @@ Results = dict[Key, dict[int, Measured]]
 """strategy -> index of a prompt -> what came of it"""
 
 
-def warm_up(contestants: Sequence[Contestant], batches: Sequence[list[list[int]]]) -> None:
+def warm_up(contestants: Sequence[Contestant], prompt: list[int], batch_size: int) -> None:
     """Decode something that is not measured. What fails here fails there too, and is reported there."""
-    for prompts in batches:
-        for contestant in contestants:
-            with suppress(Exception):
-                contestant.decode(prompts, list(range(len(prompts))))
+    for contestant in contestants:
+        with suppress(Exception):
+            contestant.decode([prompt] * batch_size, list(range(batch_size)))
 
 
 def measure(

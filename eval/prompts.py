@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from eval.decoding.capture import BUCKET
 from eval.decoding.speculate import check_prompt
 from eval.target import Target
 from layerskip_model.errors import UserError
@@ -96,24 +95,6 @@ def make_batches(
             fitting.append(prompt)
     starts = range(0, len(fitting), size)
     return [Batch(i, fitting[start : start + size]) for i, start in enumerate(starts)], unfit
-
-
-def warm_up_batches(prompt: list[int], size: int, longest: int) -> list[list[list[int]]]:
-    """What to decode before the clock runs: the prompt, `size` times, and cut to different lengths.
-
-    longest: of the prompts to come, where passes are captured for the lengths of texts (0: they are not). Then the
-    prompt is repeated to that length, twice because a larger cache replaces what was captured over a smaller one, and
-    to the shortest text of each size of cache.
-    """
-    rows = (
-        [[prompt] * size]
-        if size == 1
-        else [[prompt] * size, [prompt[i % len(prompt) :] for i in range(size)]]
-    )
-    if longest:
-        lengths = [longest, longest, *range(2, longest, BUCKET)]
-        rows = [[(tokens * longest)[:length] for tokens in batch] for length in lengths for batch in rows]
-    return rows
 
 
 def warm_up_prompt(target: Target, rows: list[PromptRow], chosen: list[PromptRow]) -> list[int]:

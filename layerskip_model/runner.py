@@ -46,6 +46,7 @@ class Runner:
     Attributes:
         fused: the layers as they are run, where all of them are made of Llama's parts.
         fixed_shapes: whether drafts should have the same number of rows at every step.
+        captures: how many passes were compiled or recorded so far.
         backbone: the model's parts; its `logits` is the one used here.
         windows: attention kind -> sliding window in tokens, None for full attention.
 
@@ -53,6 +54,7 @@ class Runner:
     """
 
     fixed_shapes = False
+    captures = 0
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.backbone = Backbone(model)

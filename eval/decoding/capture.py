@@ -121,6 +121,7 @@ class CompiledRunner(_Capturing):
                     )  # made now, and a view of it later
             torch._dynamo.mark_dynamic(seen, 1)
             self._passes[key] = compiled(_chain_pass)
+            self.captures += 1
         return self._passes[key](inputs, seen, begin, self, work, _Stored(cache.keys, cache.values), tables)
 
 
@@ -135,6 +136,7 @@ class GraphRunner(_Capturing):
         key = (cache, work, inputs.shape, extent)
         if key not in self._passes:
             self._passes[key] = _Graph(self, inputs, tables, cache, extent, work)
+            self.captures += 1
         return self._passes[key](inputs, context.begin)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
 from eval.contestants import contestant_name, make_contestant
+from eval.decoding.cache import Cache
+from eval.decoding.capture import GraphRunner
 from eval.target import Target
 from layerskip_model.errors import UserError
 
@@ -57,3 +60,23 @@ def test_mistakes_are_named(tiny_target: Target, name: str, given: dict[str, Any
         make_contestant(name, tiny_target, 4, given)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_decode_that_captured_something_is_done_again(tiny_target: Target) -> None:
+    counted: list[int] = []
+
+    class Counting(GraphRunner):
+        def kept_cache(self, batch: int, capacity: int) -> Cache:
+            counted.append(batch)
+            return super().kept_cache(batch, capacity)
+
+    target = dataclasses.replace(tiny_target, runner=Counting(tiny_target.runner))
+    settings = {"exit_layer": 1, "num_speculations": 2}
+    contestant = make_contestant("self_speculative", target, 8, settings)
+    plain = make_contestant("self_speculative", tiny_target, 8, settings)
+    for prompts, decodes in (([[5, 6, 7]], 2), ([[7, 8]], 1), ([[5, 6, 7], [8]], 2), ([[9, 8], [5]], 1)):
+        counted.clear()
+        streams = list(range(len(prompts)))
+        rows = contestant.decode(prompts, streams)
+        assert [row.tokens for row in rows] == [row.tokens for row in plain.decode(prompts, streams)]
+        assert len(counted) == decodes

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.decoding.capture import BUCKET
-from eval.prompts import Prompt, make_batches, warm_up_batches
+from eval.prompts import Prompt, make_batches
 from eval.target import Target
 from layerskip_model.errors import UserError
 
@@ -34,22 +33,3 @@ def test_a_batch_larger_than_the_prompts_is_refused(tiny_target: Target) -> None
     assert len(make_batches(tiny_target, some(3, 4), 2)[0]) == 1
     with pytest.raises(UserError, match="--batch_size 3: there are only 2 prompts; give 2 or less"):
         make_batches(tiny_target, some(3, 4), 3)
-
-
-def test_a_batch_is_warmed_up_with_texts_of_different_lengths_too() -> None:
-    assert warm_up_batches([5, 6, 7], 1, 0) == [[[5, 6, 7]]]
-    assert warm_up_batches([5, 6, 7], 3, 0) == [[[5, 6, 7]] * 3, [[5, 6, 7], [6, 7], [7]]]
-
-
-def test_captured_passes_see_every_length_of_cache_before_the_clock_runs() -> None:
-    longest = 2 * BUCKET + 1
-    batches = warm_up_batches([5, 6, 7], 1, longest)
-    assert [len(text) for (text,) in batches] == [
-        longest,
-        longest,
-        2,
-        BUCKET + 2,
-    ]  # the rest of a bucket: by decoding
-    assert batches[0][0][:7] == [5, 6, 7, 5, 6, 7, 5]
-    both = warm_up_batches([5, 6, 7], 2, 4)
-    assert both == [[[5, 6, 7, 5]] * 2, [[5, 6, 7, 5], [6, 7, 6, 7]]] * 2 + [[[5, 6]] * 2, [[5, 6], [6, 7]]]
