@@ -163,20 +163,20 @@ def benchmark(
 
     names = [name.strip() for name in strategies.split(",") if name.strip()]
     request = Request(
-        names,
-        exit_layer,
-        num_speculations,
-        dataset,
-        num_samples,
-        max_steps,
-        batch_size,
-        None if sample is None else truth(sample),
-        temperature,
-        top_k,
-        top_p,
-        seed,
-        compile,
-        profile,
+        strategies=names,
+        exit_layer=exit_layer,
+        num_speculations=num_speculations,
+        dataset=dataset,
+        num_samples=num_samples,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        sample=None if sample is None else truth(sample),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        compile=compile,
+        profile=profile,
     )
     ranks = join_ranks()
     with ranks.together(), output_directory(output_dir if ranks.is_first else None) as place:

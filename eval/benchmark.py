@@ -114,6 +114,11 @@ def run_benchmark(target: Target, request: Request) -> Report:
 def run_together(target: Target, request: Request, ranks: Ranks) -> Report | None:
     """`run_benchmark` with the batches split over processes; the report is the first one's, None the others'."""
     # 1. Everything that can be refused is refused now.
+    if request.batch_size > 1 and not target.runner.takes_masks:
+        raise UserError(
+            f"--batch_size {request.batch_size}: {target.model.config._attn_implementation} decodes one text at a "
+            "time; give --attn_implementation sdpa"
+        )
     eager = target
     if request.compile:
         target = with_captured_passes(target)

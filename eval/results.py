@@ -133,8 +133,8 @@ class StrategyResult(_Record):
     acceptance_length: float | None
     acceptance_rate: float | None
     acceptance_at: list[float | None]
-    predicted_speedup: float | None
-    verify_cost: float | None
+    predicted_speedup: float | None = None
+    verify_cost: float | None = None
     peak_bytes: int | None
     added_bytes: int | None
     memory_ratio: float | None

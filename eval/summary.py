@@ -23,8 +23,6 @@ def summarise(
     settings: dict[str, Any],
     sampled: bool = False,
     weight_bytes: int = 0,
-    predicted_speedup: float | None = None,
-    verify_cost: float | None = None,
     seed: int = 0,
 ) -> StrategyResult:
     """The summary of one strategy over its prompts.
@@ -62,8 +60,6 @@ def summarise(
         acceptance_length=sum(lengths) / len(lengths) if lengths else None,
         acceptance_rate=sum(p.accepted for p in ok) / drafted if chain and drafted else None,
         acceptance_at=_acceptance_at(ok),
-        predicted_speedup=predicted_speedup,
-        verify_cost=verify_cost,
         peak_bytes=max((p.peak_bytes for p in ok if p.peak_bytes is not None), default=None),
         added_bytes=max((p.added_bytes for p in ok if p.added_bytes is not None), default=None),
         memory_ratio=_memory_ratio(pairs, weight_bytes),

@@ -6,7 +6,7 @@ Everything that can be made once for a whole decode is, and a step takes views o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -102,7 +102,45 @@ class Context(Protocol):
 
 
 @dataclass
-class Span:
+class _WhenAsked:
+    """A context that makes its tables and masks when they are first asked for, and keeps them.
+
+    functools' cached_property does the same, but cannot be compiled.
+    """
+
+    cache: KeyValues
+    tables: Tables
+    _rotary: dict[str, Rotary] | None = field(default=None, init=False)
+    _masks: dict[str, Tensor | None] | None = field(default=None, init=False)
+
+    @property
+    def is_causal(self) -> bool:
+        """There is a mask wherever more than one row is run."""
+        return False
+
+    @property
+    def rotary(self) -> dict[str, Rotary]:
+        """See `Context`."""
+        if self._rotary is None:
+            self._rotary = self._make_rotary()
+        return self._rotary
+
+    @property
+    def masks(self) -> dict[str, Tensor | None]:
+        """See `Context`."""
+        if self._masks is None:
+            self._masks = self._make_masks()
+        return self._masks
+
+    def _make_rotary(self) -> dict[str, Rotary]:
+        raise NotImplementedError
+
+    def _make_masks(self) -> dict[str, Tensor | None]:
+        raise NotImplementedError
+
+
+@dataclass
+class Span(_WhenAsked):
     """The context of rows at positions begin..begin+count-1 of every text, which see everything before them.
 
     `cache` has to return the keys of positions 0..begin+count-1, in this order. One row needs no mask, and neither
@@ -110,13 +148,9 @@ class Span:
     knows what a chain means by itself, windows included.
     """
 
-    cache: KeyValues
-    tables: Tables
     begin: int
     count: int
     attention: str
-    _rotary: dict[str, Rotary] | None = None  # made when first asked for; functools' way cannot be compiled
-    _masks: dict[str, Tensor | None] | None = None
 
     @property
     def end(self) -> int:
@@ -133,21 +167,11 @@ class Span:
         """[1, count], a view."""
         return self.tables.position[:, self.begin : self.end]
 
-    @property
-    def rotary(self) -> dict[str, Rotary]:
-        """Views."""
-        if self._rotary is None:
-            self._rotary = self.tables.span(self.begin, self.end)
-        return self._rotary
-
-    @property
-    def masks(self) -> dict[str, Tensor | None]:
-        """Views, but for the mask of a prefill, which would be as large as all others together."""
-        if self._masks is None:
-            self._masks = self._make_masks()
-        return self._masks
+    def _make_rotary(self) -> dict[str, Rotary]:
+        return self.tables.span(self.begin, self.end)
 
     def _make_masks(self) -> dict[str, Tensor | None]:
+        """Views, but for the mask of a prefill, which would be as large as all others together."""
         if self.attention not in MASKED:
             return dict.fromkeys(self.tables.windows)
         no_mask = self.count == 1 or (self.begin == 0 and self.attention == "sdpa")
@@ -165,70 +189,44 @@ class Span:
 
 
 @dataclass
-class Ragged:
+class Ragged(_WhenAsked):
     """The context of chains that begin at `begin` [batch, 1], a place of its own for each row of the batch.
 
     `cache` has to return the keys of positions 0..end-1. `ahead`: 0, 1, 2, ... [1, rows].
     """
 
-    cache: KeyValues
-    tables: Tables
     begin: Tensor
     ahead: Tensor
     end: int
-    _rotary: dict[str, Rotary] | None = None
-    _masks: dict[str, Tensor | None] | None = None
-    is_causal: ClassVar[bool] = False
 
     @property
     def position(self) -> Tensor:
         """[batch, rows]."""
         return self.begin + self.ahead
 
-    @property
-    def rotary(self) -> dict[str, Rotary]:
-        """Of each row's own positions."""
-        if self._rotary is None:
-            self._rotary = self.tables.at(self.position)
-        return self._rotary
+    def _make_rotary(self) -> dict[str, Rotary]:
+        return self.tables.at(self.position)
 
-    @property
-    def masks(self) -> dict[str, Tensor | None]:
-        """[batch, 1, rows, end]."""
-        if self._masks is None:
-            query, key = self.position[..., None], self.tables.position[:, None, : self.end]
-            self._masks = self.tables.additives(key <= query, query, key)
-        return self._masks
+    def _make_masks(self) -> dict[str, Tensor | None]:
+        query, key = self.position[..., None], self.tables.position[:, None, : self.end]
+        return self.tables.additives(key <= query, query, key)
 
 
 @dataclass
-class Scattered:
+class Scattered(_WhenAsked):
     """The context of any rows, such as those of trees.
 
     Shapes: position [batch, rows]; seen [batch, rows, keys], True where a row may see a key (every row must see
     itself); key_position [batch or 1, keys], for the sliding windows.
     """
 
-    cache: KeyValues
-    tables: Tables
     position: Tensor
     seen: Tensor
     key_position: Tensor
-    _rotary: dict[str, Rotary] | None = None
-    _masks: dict[str, Tensor | None] | None = None
-    is_causal: ClassVar[bool] = False
 
-    @property
-    def rotary(self) -> dict[str, Rotary]:
-        """Of each row's own positions."""
-        if self._rotary is None:
-            self._rotary = self.tables.at(self.position)
-        return self._rotary
+    def _make_rotary(self) -> dict[str, Rotary]:
+        return self.tables.at(self.position)
 
-    @property
-    def masks(self) -> dict[str, Tensor | None]:
-        """[batch, 1, rows, keys]."""
-        if self._masks is None:
-            query, key = self.position[..., None], self.key_position[:, None]
-            self._masks = self.tables.additives(self.seen, query, key)
-        return self._masks
+    def _make_masks(self) -> dict[str, Tensor | None]:
+        query, key = self.position[..., None], self.key_position[:, None]
+        return self.tables.additives(self.seen, query, key)

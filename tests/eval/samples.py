@@ -58,7 +58,10 @@ def strategy(
     prompts: list[PromptResult], baseline: list[PromptResult] | None = BASELINE, **fields: Any
 ) -> StrategyResult:
     given = {"label": "Draft", "lossless": True, "chain": True, "settings": {}, **fields}
-    return summarise(given.pop("name", "draft"), prompts, baseline, **given)
+    predicted: dict[str, Any] = {
+        name: given.pop(name) for name in ("predicted_speedup", "verify_cost") if name in given
+    }
+    return summarise(given.pop("name", "draft"), prompts, baseline, **given).model_copy(update=predicted)
 
 
 def report(*strategies: StrategyResult, **fields: Any) -> Report:

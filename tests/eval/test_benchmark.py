@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import eval.benchmark as module
 from eval import Request, load_target, run_benchmark, write_report
-from eval.contestants import Contestant
-from eval.decoding.capture import GraphRunner
-from eval.results import Report, StrategyResult
+from eval.results import Report
 from eval.target import Target
 from layerskip_model.errors import UserError
-
-FOUR = ["autoregressive", "self_speculative", "hf_generate", "hf_early_exit"]
-SETTINGS: dict[str, Any] = {"exit_layer": 2, "num_speculations": 3, "max_steps": 10, "sample": False}
-
-
-def dataset(directory: Path, prompts: Sequence[str], *others: dict[str, Any]) -> Path:
-    path = directory / "prompts.jsonl"
-    rows = [*({"prompt": prompt} for prompt in prompts), *others]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def by_name(report: Report) -> dict[str, StrategyResult]:
-    return {strategy.name: strategy for strategy in report.strategies}
+from tests.eval.benchmarks import FOUR, SETTINGS, by_name, dataset, spy_on
 
 
 @pytest.fixture
@@ -41,27 +22,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[int]]]:
     seen: list[tuple[str, list[int]]] = []
     spy_on(monkeypatch, lambda name, prompt: seen.append((name, prompt)))
     return seen
-
-
-def spy_on(
-    monkeypatch: pytest.MonkeyPatch,
-    before: Callable[[str, list[int]], None],
-    after: Callable[[str, Any], Any] = lambda name, generation: generation,
-) -> None:
-    """Call `before` ahead of every decode, and let `after` change what comes of it."""
-    original = module.make_contestant
-
-    def make(name: str, *args: Any) -> Contestant:
-        contestant = original(name, *args)
-
-        def decode(prompts: list[list[int]], streams: list[int]) -> Any:
-            for prompt in prompts:
-                before(contestant.name, prompt)
-            return [after(contestant.name, one) for one in contestant.decode(prompts, streams)]
-
-        return dataclasses.replace(contestant, decode=decode)
-
-    monkeypatch.setattr(module, "make_contestant", make)
 
 
 @pytest.fixture(scope="module")
@@ -329,180 +289,3 @@ def test_bfloat16_is_compared_too(finished_run: Path) -> None:
     for strategy in found.strategies[1:]:
         assert strategy.compared == 3
         assert all(p.difference is None or p.difference.verdict == "tie" for p in strategy.prompts)
-
-
-BATCHED = ["def anna_1(value):\n", "def bert", "    return", "x", "def dörte_2(value):\n    return"]
-
-
-def outputs(report: Report) -> dict[tuple[str, bool], list[str]]:
-    """Each strategy's texts, greedy and sampled."""
-    both = [*report.strategies, *report.sampled]
-    return {(s.name, s.sampled): [prompt.text for prompt in s.prompts] for s in both}
-
-
-@pytest.fixture(scope="module")
-def by_batch_size(tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Report]:
-    """Both ways of choosing tokens, one prompt at a time and two."""
-    path = dataset(tmp_path_factory.mktemp("prompts"), BATCHED)
-    given = {**SETTINGS, "sample": None, "top_k": 5, "seed": 3, "dataset": path}
-    return {n: run_benchmark(tiny_target, Request(FOUR, **given, batch_size=n)) for n in (1, 2)}
-
-
-def test_greedy_and_sampled_are_measured_in_one_run(by_batch_size: dict[int, Report]) -> None:
-    report = by_batch_size[1]
-    for strategies, is_sampled in ((report.strategies, False), (report.sampled, True)):
-        assert [strategy.name for strategy in strategies] == FOUR
-        for strategy in strategies:
-            is_baseline = strategy.name == report.baseline
-            assert strategy.sampled == is_sampled
-            assert strategy.compared == (0 if is_baseline or is_sampled else 5)
-            assert strategy.equal == strategy.compared
-            assert (strategy.speedup_median is None) == is_baseline
-            assert (strategy.predicted_speedup is not None) == (strategy.name == "self_speculative")
-            assert all(prompt.tokens_equal is None for prompt in strategy.prompts) == (strategy.compared == 0)
-    texts = outputs(report)
-    assert texts["autoregressive", True] != texts["autoregressive", False]
-    assert report.settings["greedy"] == {"do_sample": False}
-    assert report.settings["sampling"] == {"do_sample": True, "temperature": 0.8, "top_k": 5, "top_p": 1.0}
-    assert report.environment.seed == 3
-
-
-def test_outputs_do_not_depend_on_the_batch_size(by_batch_size: dict[int, Report]) -> None:
-    alone, together = outputs(by_batch_size[1]), outputs(by_batch_size[2])
-    del together["hf_generate", True]  # transformers draws for a batch from one stream
-    for key, texts in together.items():
-        assert texts == alone[key], key
-
-
-def test_a_batch_is_what_is_timed(by_batch_size: dict[int, Report]) -> None:
-    report = by_batch_size[2]
-    assert report.skipped == {"hf_early_exit": "transformers drafts for one prompt at a time"}
-    assert report.settings["batch_size"] == 2
-    for strategy in [*report.strategies, *report.sampled]:
-        assert strategy.name != "hf_early_exit"
-        assert [prompt.batch for prompt in strategy.prompts] == [0, 0, 1, 1, 2]
-        seconds = [prompt.seconds for prompt in strategy.prompts]
-        assert seconds[0] == seconds[1] != seconds[2] == seconds[3] != seconds[4]
-        assert strategy.tokens_per_second is not None
-        tokens = sum(prompt.new_tokens for prompt in strategy.prompts)
-        assert strategy.tokens_per_second.value == pytest.approx(
-            tokens / (seconds[0] + seconds[2] + seconds[4])
-        )
-    for strategy in report.strategies[1:]:
-        assert (strategy.equal, strategy.compared) == (5, 5)
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-def test_memory_is_measured_on_the_largest_batch(by_batch_size: dict[int, Report]) -> None:
-    for size, largest in ((1, {4}), (2, {0, 1})):
-        for strategy in [*by_batch_size[size].strategies, *by_batch_size[size].sampled]:
-            assert {p.index for p in strategy.prompts if p.peak_bytes is not None} == largest
-            assert strategy.peak_bytes is not None
-            assert strategy.added_bytes is not None
-            assert 0 <= strategy.added_bytes < strategy.peak_bytes
-            assert (strategy.memory_ratio is None) == (strategy.name == "autoregressive")
-
-
-def test_sampling_alone(tiny_target: Target, tmp_path: Path) -> None:
-    given = {**SETTINGS, "sample": True, "temperature": 0.3, "dataset": dataset(tmp_path, BATCHED[:2])}
-    found = run_benchmark(tiny_target, Request(["self_speculative"], **given))
-    assert found.strategies == []
-    assert [strategy.name for strategy in found.sampled] == ["autoregressive", "self_speculative"]
-    assert "greedy" not in found.settings
-    write_report(found, tmp_path / "out")
-    assert "sampled at temperature 0.3" in (tmp_path / "out" / "table.txt").read_text()
-
-
-def test_a_failed_batch_takes_its_own_prompts_along_and_no_others(
-    tiny_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad = tiny_target.encode(BATCHED[1])
-
-    def fail(name: str, prompt: list[int]) -> None:
-        if name == "self_speculative" and prompt == bad:
-            raise RuntimeError("out of memory")
-
-    spy_on(monkeypatch, fail)
-    path = dataset(tmp_path, [*BATCHED[:3], "zq" * 200, BATCHED[3]])
-    found = run_benchmark(tiny_target, Request(["self_speculative"], **SETTINGS, dataset=path, batch_size=2))
-    base, ours = found.strategies
-    assert [prompt.status for prompt in base.prompts] == ["ok", "ok", "ok", "failed", "ok"]
-    assert [prompt.status for prompt in ours.prompts] == ["failed", "failed", "ok", "failed", "ok"]
-    assert [prompt.batch for prompt in ours.prompts] == [0, 0, 1, None, 1]
-    assert [prompt.index for prompt in ours.prompts] == list(range(5))
-    assert ours.prompts[0].error == "its batch of 2 prompts: RuntimeError: out of memory"
-    assert "the model's context is 128" in (ours.prompts[3].error or "")
-    assert (ours.failed, ours.left_out, ours.equal, ours.compared) == (3, 3, 2, 2)
-    assert (base.failed, base.left_out) == (1, 1)
-
-
-def test_a_penalty_of_the_checkpoint_is_on_both_sides(
-    tiny_target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = dataset(tmp_path, BATCHED[:3])
-    before = outputs(run_benchmark(tiny_target, Request(FOUR, **SETTINGS, dataset=path)))
-    monkeypatch.setattr(tiny_target.model.generation_config, "repetition_penalty", 3.0)
-    found = run_benchmark(tiny_target, Request(FOUR, **SETTINGS, dataset=path))
-    assert [strategy.equal for strategy in found.strategies] == [0, 3, 3, 3]
-    assert outputs(found) != before
-    assert found.settings["greedy"] == {"do_sample": False, "repetition_penalty": 3.0}
-    monkeypatch.setattr(tiny_target.model.generation_config, "num_beams", 4)
-    with pytest.raises(UserError, match="num_beams"):
-        run_benchmark(tiny_target, Request(FOUR, **SETTINGS, dataset=path))
-
-
-@pytest.fixture(scope="module")
-def captured_report(tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """With passes of fixed shape, as on a GPU, which need no compiler; profiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.target.captured", GraphRunner)
-        request = Request(num_samples=3, max_steps=8, num_speculations=2, compile=True, profile=True)
-        return run_benchmark(tiny_target, request)
-
-
-def test_captured_strategies_stand_beside_their_eager_twins(captured_report: Report) -> None:
-    names = [strategy.name for strategy in captured_report.strategies]
-    assert names[:4] == ["autoregressive", "self_speculative", "hf_generate", "hf_early_exit"]
-    assert names[4:] == ["autoregressive_not_compiled", "self_speculative_not_compiled"]
-    assert all(strategy.equal == strategy.compared == 3 for strategy in captured_report.strategies[1:])
-    assert [s.over_eager is not None for s in captured_report.strategies] == [True, True] + [False] * 4
-    assert [s.over_eager for s in captured_report.sampled] == [None] * 4  # twins are greedy alone
-    assert captured_report.settings["compile"] is True
-
-
-def test_a_profile_has_a_row_for_each_of_ours(captured_report: Report, tmp_path: Path) -> None:
-    rows = [(row.name, row.sampled) for row in captured_report.profile]
-    names = ["autoregressive", "self_speculative"]
-    assert rows == [(name, sampled) for sampled in (False, True) for name in names] + [
-        (f"{name}_not_compiled", False) for name in names
-    ]
-    for row in captured_report.profile:
-        assert row.steps >= 3
-        assert row.overhead == pytest.approx(row.step / row.bare - 1)
-    write_report(captured_report, tmp_path)
-    table = (tmp_path / "table.txt").read_text()
-    assert "Milliseconds a step" in table
-    assert "Compiled over not compiled, self speculative: " in table
-    assert max(map(len, table.splitlines())) <= 80
-    assert "Over, %" in (tmp_path / "report.html").read_text()
-
-
-@pytest.mark.slow
-def test_compiled_passes_from_the_command_line(finished_run: Path, tmp_path: Path) -> None:
-    """Some ten seconds of compiling for each of six passes."""
-    command = [sys.executable, "-m", "eval", "benchmark", "--run", str(finished_run), "--num_samples", "2"]
-    flags = [
-        "--max_steps",
-        "8",
-        "--sample",
-        "False",
-        "--compile",
-        "--profile",
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    result = subprocess.run([*command, *flags], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    report = Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
-    assert all(strategy.equal == strategy.compared == 2 for strategy in report.strategies[1:])
-    assert len(report.profile) == 4
