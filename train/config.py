@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from layerskip_model.errors import UserError
 from train.data.sources import DataConfig
-from train.data.tokenizer import TokenizerConfig
+from train.model_config import ModelConfig
 from train.objectives import OBJECTIVES
+from train.optimizer_config import OptimizerConfig, ScheduleConfig
 from train.recipe_errors import describe, nearest, shorten
 from train.recipe_file import read_recipe_file
 from train.section import FrozenModelSection, Section
@@ -29,110 +30,6 @@ class BatchConfig(Section):
         if self.micro is not None and self.micro > self.sequences:
             raise ValueError(f"micro: {self.micro} is more than sequences: {self.sequences}")
         return self
-
-
-class ModelConfig(Section):
-    """The language model: a new one from a config, or one that exists."""
-
-    config: dict[str, Any] | None = Field(
-        None, description="a transformers config with model_type: random weights"
-    )
-    name_or_path: str | None = Field(None, description="hub name or directory of a checkpoint")
-    tokenizer: TokenizerConfig | None = Field(None, description="default: that of name_or_path")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the loaded weights; bfloat16 where they are frozen, what trains is float32"
-    )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
-        None, description="default: transformers' choice"
-    )
-    autocast: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="matmuls in bfloat16; auto: where the hardware multiplies it faster"
-    )
-    activation_checkpointing: bool = Field(False, description="recompute layers in backward to save memory")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.config is None) == (self.name_or_path is None):
-            raise ValueError("give exactly one of config (a new model) and name_or_path (an existing one)")
-        return self
-
-    @model_validator(mode="after")
-    def _new_model_fits(self) -> Self:
-        if self.config is None:
-            return self
-        if not isinstance(self.config.get("model_type"), str):
-            raise ValueError("config needs a model_type, for example 'llama'")
-        if self.tokenizer is None:
-            raise ValueError(
-                "a new model (config) needs tokenizer: {train: {vocab_size: N}} or {name_or_path: ...}"
-            )
-        if self.dtype != "float32":
-            raise ValueError(f"dtype: {self.dtype} is for weights that are loaded; a new model is float32")
-        vocab_size = self.config.get("vocab_size")
-        if self.tokenizer.train and isinstance(vocab_size, int):
-            wanted = self.tokenizer.train.vocab_size
-            if vocab_size < wanted:
-                raise ValueError(
-                    f"config.vocab_size: {vocab_size} is less than tokenizer.train.vocab_size: {wanted}; "
-                    "leave the first one out"
-                )
-        return self
-
-
-Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
-
-
-class AdamWConfig(Section):
-    """torch's AdamW for every parameter; no weight decay on vectors."""
-
-    kind: Literal["adamw"]
-    lr: float = Field(gt=0.0, description="the full learning rate, which schedule multiplies")
-    betas: Betas = Field([0.9, 0.95], description="decay of AdamW's two running averages")
-    eps: float = Field(1e-8, gt=0.0, description="added to AdamW's denominator")
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled, times the learning rate; of matrices only"
-    )
-    clip_norm: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: don't clip")
-
-
-class MuonConfig(Section):
-    """torch's Muon for the matrices of the decoder layers, AdamW for everything else."""
-
-    kind: Literal["muon"]
-    lr: float = Field(gt=0.0, description="of the matrices; schedule multiplies it")
-    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="of Muon, Nesterov's")
-    adamw_lr: float = Field(gt=0.0, description="of embeddings, head and vectors; schedule multiplies it")
-    betas: Betas = Field([0.9, 0.95], description="decay of AdamW's two running averages")
-    eps: float = Field(1e-8, gt=0.0, description="added to AdamW's denominator")
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled, times the learning rate; of matrices only"
-    )
-    clip_norm: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: don't clip")
-
-
-OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
-
-
-class ScheduleConfig(Section):
-    """The learning rate as a function of the optimizer step."""
-
-    kind: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the rate falls after the warm-up"
-    )
-    warmup_steps: int = Field(0, ge=0, description="linear from 0 to the full rate")
-    final_fraction: float = Field(
-        0.0, ge=0.0, le=1.0, description="of the full rate, at the last step; not used by constant"
-    )
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """What the learning rate is multiplied with at a step of 0..total_steps - 1."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.kind == "constant":
-            return 1.0
-        done = (step - self.warmup_steps + 1) / max(total_steps - self.warmup_steps, 1)
-        falling = 0.5 * (1.0 + math.cos(math.pi * done)) if self.kind == "cosine" else 1.0 - done
-        return self.final_fraction + (1.0 - self.final_fraction) * falling
 
 
 class WandbConfig(Section):

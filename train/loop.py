@@ -14,7 +14,8 @@ import torch
 from layerskip_model.errors import UserError
 from train.checkpoint import list_checkpoints, load_checkpoint, load_metrics, save_checkpoint
 from train.config import Recipe
-from train.data.packing import StepBatches, evaluation_batches
+from train.data.packing import StepBatches
+from train.evaluation import evaluate, to_device
 from train.log import StepProgress
 from train.metrics import MetricSums, all_sum
 from train.objectives.base import Batch
@@ -158,25 +159,6 @@ def refuse_divergence(run: Run, done: int, metrics: dict[str, float]) -> None:
             )
 
 
-@torch.no_grad()
-def evaluate(run: Run, done: int) -> dict[str, float]:
-    """The objective's metrics on held-out data after `done` steps, named heldout/..., with bits per byte."""
-    accelerator, heldout = run.accelerator, run.data.heldout
-    run.module.eval()
-    sums = MetricSums()
-    rank, world = accelerator.process_index, accelerator.num_processes
-    limit = run.recipe.evaluate.sequences
-    for batch in evaluation_batches(run.heldout_rows, run.micro, rank, world, limit):
-        denominators = dict.fromkeys(run.objective.count(batch), 1.0)
-        sums.add(run.module(to_device(batch, accelerator.device), done, denominators)[1])
-    metrics = sums.reduce(accelerator)
-    if "bits_per_token" in metrics:
-        metrics["bits_per_byte"] = metrics.pop("bits_per_token") * (heldout.tokens - 1) / heldout.bytes
-    summary = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if "/" not in name)
-    run.log.say(f"held out after step {done}: {summary}")
-    return {f"heldout/{name}": value for name, value in metrics.items()}
-
-
 def checkpoint(run: Run, done: int, sums: MetricSums) -> None:
     """Save on the main process; nobody goes on before it is there. Weights that diverged are not saved."""
     totals = sums.totals(run.accelerator)
@@ -194,7 +176,7 @@ def finish(run: Run) -> None:
     if run.accelerator.is_main_process:
 
         def write(path: Path) -> None:
-            run.objective.export(path)
+            run.objective.export(path, run.objective.state_dict(), torch.float32)
             run.data.tokenizer.save_pretrained(path)
 
         write_export(run.directory, write)
@@ -215,8 +197,3 @@ def finish(run: Run) -> None:
 def due(every: int | None, done: int) -> bool:
     """Whether something that happens every so many steps happens now."""
     return every is not None and done % every == 0
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Tensors to the device; row indexes become a list, for the host to decide by without waiting for it."""
-    return {k: v.tolist() if k == "row" else v.to(device, non_blocking=True) for k, v in batch.items()}

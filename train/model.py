@@ -17,8 +17,8 @@ from transformers import (
 
 from layerskip_model.errors import UserError
 from layerskip_model.formats.huggingface import load_model, new_model, one_line
-from train.config import ModelConfig
 from train.data.tokenizer import TokenizerConfig
+from train.model_config import ModelConfig
 from train.recipe_errors import guess, shorten
 
 

@@ -11,8 +11,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from layerskip_model.errors import UserError
-from train.config import AdamWConfig, MuonConfig
 from train.objectives import Objective
+from train.optimizer_config import AdamWConfig, MuonConfig
 
 Group = dict[str, Any]
 

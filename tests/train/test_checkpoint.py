@@ -12,9 +12,9 @@ from tests.tiny_models import tiny_model
 from tests.train.small_recipe import small_recipe
 from train import checkpoint as module
 from train.checkpoint import list_checkpoints, load_checkpoint, replace_directory, save_checkpoint
-from train.config import AdamWConfig
 from train.objectives import LayerSkip, Objective
 from train.optimizer import build_optimizer
+from train.optimizer_config import AdamWConfig
 
 ADAMW = AdamWConfig(kind="adamw", lr=0.01)
 

@@ -12,8 +12,9 @@ import yaml
 from layerskip_model.errors import UserError
 from tests.train.small_recipe import small_values, write_documents
 from train import recipe_docs
-from train.config import Recipe, ScheduleConfig, load_recipe, parse_recipe
+from train.config import Recipe, load_recipe, parse_recipe
 from train.objectives import OBJECTIVES, LayerSkip
+from train.optimizer_config import ScheduleConfig
 from train.section import FrozenModelSection
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from layerskip_model.errors import UserError
 from tests.tiny_models import tiny_model
-from train.config import ModelConfig
 from train.data.tokenizer import train_tokenizer
 from train.model import build_model, check_fits, mixed_precision, outline_model, tokenizer_config
+from train.model_config import ModelConfig
 
 SIZES = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}

@@ -12,9 +12,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from layerskip_model.errors import UserError
-from train.config import AdamWConfig, MuonConfig
 from train.objectives import Objective
 from train.optimizer import MuonWithAdamW, build_optimizer, set_learning_rate
+from train.optimizer_config import AdamWConfig, MuonConfig
 
 ADAMW = AdamWConfig(kind="adamw", lr=0.01, weight_decay=0.3)
 MUON = MuonConfig(kind="muon", lr=0.05, adamw_lr=0.02, weight_decay=0.2, momentum=0.8)

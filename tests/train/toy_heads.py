@@ -114,8 +114,12 @@ class ToyHeads(Objective[ToyConfig]):
     def online(self, batch: Batch) -> Tensor:
         return self.backbone.final_states(batch["input_ids"])
 
-    def export(self, directory: Path) -> None:
-        save_file(self.heads.state_dict(), directory / "heads.safetensors")
+    def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+        prefix = "heads."
+        heads = {
+            name.removeprefix(prefix): t.to(dtype) for name, t in state.items() if name.startswith(prefix)
+        }
+        save_file(heads, directory / "heads.safetensors")
 
     def suggestion(self, heldout: dict[str, float]) -> dict[str, Any]:
         return {"strategy": "toy", "settings": {"loss": heldout["loss"]}}

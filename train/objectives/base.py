@@ -6,6 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from train.data.packing import Rows
@@ -83,8 +84,12 @@ class Objective(nn.Module, Generic[Config]):
             parameter.data.copy_(state[name])
 
     @abstractmethod
-    def export(self, directory: Path) -> None:
-        """Write what a user gets, in the format that others load."""
+    def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Write what a user gets, in the format that others load. On the main process only.
+
+        `state` is this module's whole state_dict, as an engine that shards parameters gathered it: read weights
+        from there, not from the module. What is exported is rounded to `dtype`.
+        """
 
     @abstractmethod
     def suggestion(self, heldout: dict[str, float]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,9 +14,9 @@ from transformers import PreTrainedModel
 from eval.statistics import best_self_speculation_settings
 from layerskip_model.early_exit import WEIGHTS, EarlyExitModel, ExitLoss
 from layerskip_model.errors import UserError
-from layerskip_model.formats.huggingface import no_progress_bar
 from layerskip_model.layer_dropout import SHAPES, LayerDropout, layer_slice
 from layerskip_model.token_loss import IGNORE_INDEX
+from train.export import export_model
 from train.metrics import Metrics
 from train.objectives.base import Batch, Objective
 from train.section import Section
@@ -154,10 +155,13 @@ class LayerSkip(Objective[LayerSkipConfig]):
             metrics[f"exit_{exit_layer}/agreement"] = (terms.agreement[exit_layer], terms.tokens)
         return last, metrics
 
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
         """A plain transformers checkpoint, as the released LayerSkip models are."""
-        with no_progress_bar():
-            self.module.model.save_pretrained(directory)
+        prefix = "module.model."
+        weights = {
+            name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
+        }
+        export_model(self.module.model, weights, directory, dtype)
 
     def suggestion(self, heldout: dict[str, float]) -> dict[str, Any]:
         """The exit and number of drafts with the best predicted speedup at the measured agreement."""
