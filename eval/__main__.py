@@ -1,4 +1,4 @@
-"""python -m eval {generate, benchmark, exits}; every flag is spelled with underscores, dashes work too."""
+"""python -m eval {generate, benchmark, exits, answers, compare}; flags have underscores, dashes work too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eval.command_line import output_directory, run_app, truth
+from eval.command_line import output_directory, run_app, truth, whole_numbers
 from layerskip_model.errors import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -243,6 +243,73 @@ def exits(
             write_rows(place / "exits.jsonl", [quality.model_dump() for quality in qualities])
             plot_exits(qualities, place / "exits.png")
             print(f"plot: {place / 'exits.png'}")
+
+
+@app.command()
+def answers(
+    model: Model = None,
+    run: Run = None,
+    dataset: Annotated[
+        str, _flag("dataset", "a JSONL file of prompt and response, the right answer; or heldout")
+    ] = "heldout",
+    num_samples: Annotated[int | None, _flag("num_samples", "prompts; default: all")] = None,
+    exits: Annotated[str | None, _flag("exits", "exit layers to ask, 4,8; default: every one")] = None,
+    exit_layer: ExitLayer = None,
+    num_speculations: NumSpeculations = None,
+    output_dir: Annotated[str | None, _flag("output_dir", "for answers.jsonl")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    quantization: Quantization = None,
+    attn_implementation: Attention = None,
+) -> None:
+    """Exact match of every exit on a task with one right answer, and of self-speculation beside them."""
+    from rich.console import Console
+
+    from eval.answers import measure_answers, questions
+    from eval.prompts import dataset_path, evenly_spaced
+    from eval.report import answers_table
+    from eval.target import load_target
+    from layerskip_model.jsonl import read_prompts, write_rows
+
+    wanted = None if exits is None else whole_numbers("--exits", exits)
+    with output_directory(output_dir) as place:
+        target = load_target(
+            model,
+            run,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            quantization=quantization,
+            attn_implementation=attn_implementation,
+        )
+        rows = read_prompts(dataset_path(target, dataset))
+        asked = questions(target, evenly_spaced(rows, num_samples or len(rows)))
+        given = {"exit_layer": exit_layer, "num_speculations": num_speculations}
+        suggested = target.run.suggested if target.run is not None else {}
+        speculation = suggested | {key: value for key, value in given.items() if value is not None}
+        exit_layers = range(1, target.runner.num_layers + 1) if wanted is None else wanted
+        found = measure_answers(target, asked, exit_layers, speculation or None)
+        Console().print(answers_table(found))
+        if place is not None:
+            write_rows(place / "answers.jsonl", [answer.model_dump() for answer in found])
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="output_dirs of finished training runs")],
+    exits: Annotated[
+        str | None, _flag("exits", "exit layers to show, 4,8; default: four over the depth")
+    ] = None,
+) -> None:
+    """Held-out quality of several runs' exits as a Markdown table, runs that differ only in their seed together.
+
+    A benchmark in RUN/report adds its speedup.
+    """
+    from eval.compare import compare, group_runs
+
+    shown = None if exits is None else whole_numbers("--exits", exits)
+    print(compare(group_runs(runs), shown))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.plots import marked
-from eval.results import Report, StrategyResult
+from eval.results import Answers, Report, StrategyResult
 from eval.statistics import Estimate
 
 NONE = "-"
@@ -202,6 +202,19 @@ EXIT_COLUMNS = [
         lambda e: number(e.agreement, ".1f", 100),
     ),
     Column("Tokens", "Positions measured.", lambda e: f"{e.tokens:,}"),
+]
+
+
+def _setting_text(row: Answers) -> str:
+    settings = [f"{key}={value_text(value)}" for key, value in row.settings.items()]
+    return ", ".join([row.strategy.replace("_", " "), *settings])
+
+
+ANSWER_COLUMNS = [
+    Column("Strategy", "The decoding method with its settings.", _setting_text),
+    Column("Exact match", "Right answers, in %.", lambda row: number(row.right / row.asked, ".1f", 100)),
+    Column("Right", "Right answers of those asked for.", lambda row: f"{row.right}/{row.asked}"),
+    Column("Equal ids", "Answers with the last layer's token ids.", lambda row: f"{row.equal}/{row.asked}"),
 ]
 
 

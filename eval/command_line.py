@@ -64,6 +64,14 @@ def truth(text: str) -> bool:
     return values[text.lower()]
 
 
+def whole_numbers(flag: str, text: str) -> list[int]:
+    """`4,8` as a flag's value. Raises UserError."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} '{text}': give whole numbers with commas between them, {flag} 4,8") from None
+
+
 @contextmanager
 def output_directory(path: str | None) -> Iterator[Path | None]:
     """The directory, made and tried before the work begins, so that hours cannot be lost to a typing error.

@@ -25,7 +25,7 @@ def describe_environment(target: Target, seed: int) -> Environment:
     return Environment(
         versions=versions(),
         device=_places(target),
-        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device_name=device_name(device),
         dtype=_dtype(target),
         attn_implementation=target.model.config._attn_implementation or "default",
         threads=torch.get_num_threads(),
@@ -35,6 +35,11 @@ def describe_environment(target: Target, seed: int) -> Environment:
         date=datetime.now(UTC),
         seed=seed,
     )
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is sold as."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def command_line() -> str:

@@ -67,7 +67,7 @@ def evenly_spaced(rows: Sequence[Item], count: int | None) -> list[Item]:
 
 def encode_prompts(target: Target, rows: Sequence[PromptRow]) -> list[Prompt]:
     """The rows' token ids. Raises UserError for a prompt that is no text."""
-    return [Prompt(i, f"{row.source}:{row.line}", target.encode(row.prompt)) for i, row in enumerate(rows)]
+    return [Prompt(i, f"{row.source}:{row.line}", target.encode_row(row)) for i, row in enumerate(rows)]
 
 
 def make_batches(
@@ -103,13 +103,13 @@ def warm_up_prompt(target: Target, rows: list[PromptRow], chosen: list[PromptRow
     Raises UserError where no chosen prompt fits the model's context: there is nothing to measure.
     """
     room = target.runner.context_length - 1
-    fitting = [tokens for row in chosen if len(tokens := target.encode(row.prompt)) <= room]
+    fitting = [tokens for row in chosen if len(tokens := target.encode_row(row)) <= room]
     if not fitting:
         raise UserError(
             f"no prompt of the dataset fits the model's context of {room + 1} tokens; give shorter ones"
         )
     lines = {row.line for row in chosen}
     for row in rows:
-        if row.line not in lines and len(tokens := target.encode(row.prompt)) <= room:
+        if row.line not in lines and len(tokens := target.encode_row(row)) <= room:
             return tokens
     return fitting[0][: max(1, len(fitting[0]) // 2)]

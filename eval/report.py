@@ -17,13 +17,21 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from eval.columns import EXIT_COLUMNS, PROFILE_COLUMNS, Column, how_sampled, strategy_columns, strategy_rows
+from eval.columns import (
+    ANSWER_COLUMNS,
+    EXIT_COLUMNS,
+    PROFILE_COLUMNS,
+    Column,
+    how_sampled,
+    strategy_columns,
+    strategy_rows,
+)
 from eval.plots import plot_exits, to_svg
-from eval.results import ExitQuality, Report
+from eval.results import Answers, ExitQuality, Report
 from eval.sections import headline, sections
 from layerskip_model.errors import UserError
 
-__all__ = ["exits_table", "plot_exits", "strategy_table", "tables", "write_report"]
+__all__ = ["answers_table", "exits_table", "plot_exits", "strategy_table", "tables", "write_report"]
 
 TABLE_WIDTH = 80  # of table.txt
 
@@ -76,6 +84,11 @@ def profile_table(report: Report) -> Table:
 def exits_table(exits: Sequence[ExitQuality]) -> Table:
     """The quality of every exit for the terminal, shallowest first."""
     return _fitting("Exits", EXIT_COLUMNS, sorted(exits, key=lambda e: e.layer))
+
+
+def answers_table(answers: Sequence[Answers]) -> Table:
+    """How often each way of decoding is right, for the terminal."""
+    return _fitting("Answers", ANSWER_COLUMNS, answers)
 
 
 def _fitting(title: str, columns: Sequence[Column], rows: Sequence[Any]) -> Table:

@@ -180,6 +180,19 @@ class ExitQuality(_Record):
     tokens: int
 
 
+class Answers(_Record):
+    """How often one way of decoding gave the right answer (`right` of `asked`, exact match).
+
+    equal: how many answers have the very token ids of the last layer's.
+    """
+
+    strategy: str
+    settings: dict[str, Any]
+    right: int
+    equal: int
+    asked: int
+
+
 class TrainingPoint(_Record):
     """One logged optimizer step: training loss, tokens seen so far, held-out cross entropy per exit layer."""
 

@@ -172,27 +172,23 @@ class SelfSpeculationSettings(NamedTuple):
 
 
 def best_self_speculation_settings(
-    agreement: Mapping[int, float],
+    accepted: Mapping[tuple[int, int], float],
     num_layers: int,
     verify_cost_of_rows: Callable[[int], float],
-    max_drafts: int = 12,
 ) -> SelfSpeculationSettings:
-    """The exit layer and the number of drafts (1 to max_drafts) with the highest predicted speedup.
+    """The exit layer and the number of drafts with the highest predicted speedup, among those in `accepted`.
 
-    agreement: exit layer -> teacher-forced acceptance a, the share of positions where the exit's token is the
-    last layer's. A chain of d drafts is then expected to keep m = a + a^2 + ... + a^d of them.
+    accepted: (exit layer, drafts d) -> m, the drafts accepted per round, without the bonus token.
     verify_cost_of_rows(n): the upper layers' time for n rows over their time for 1 row. Of equals the
     first exit and the fewest drafts win. Raises ValueError where there is nothing to choose from.
     """
-    if not agreement or max_drafts < 1:
-        raise ValueError("needs the agreement of at least one exit layer, and max_drafts of at least 1")
+    if not accepted:
+        raise ValueError("needs at least one exit layer and number of drafts")
     candidates = []
-    for drafts in range(1, max_drafts + 1):
-        verify_cost = verify_cost_of_rows(drafts + 1)
-        for layer, acceptance in agreement.items():
-            accepted = _expected_accepted(acceptance, drafts)
-            speedup = predicted_self_speculation_speedup(accepted, drafts, layer, num_layers, verify_cost)
-            candidates.append(SelfSpeculationSettings(layer, drafts, speedup))
+    for (layer, drafts), mean in accepted.items():
+        cost = verify_cost_of_rows(drafts + 1)
+        speedup = predicted_self_speculation_speedup(mean, drafts, layer, num_layers, cost)
+        candidates.append(SelfSpeculationSettings(layer, drafts, speedup))
     return max(candidates, key=lambda c: (c.predicted_speedup, -c.exit_layer, -c.num_speculations))
 
 

@@ -26,7 +26,7 @@ from layerskip_model.formats.huggingface import (
     no_progress_bar,
     one_line,
 )
-from layerskip_model.jsonl import read_rows
+from layerskip_model.jsonl import PromptRow, read_rows
 from layerskip_model.runner import Runner
 
 
@@ -101,15 +101,22 @@ class Target:
         ids = self.tokenizer.eos_token_id if ids is None else ids
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids, special tokens as the tokenizer adds them. Raises UserError for a prompt that is no text."""
+    def encode(self, prompt: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids, special tokens as the tokenizer adds them, or none but those that the text holds.
+
+        Raises UserError for a prompt that is no text.
+        """
         if not prompt:
             raise UserError("prompt '': is empty; give some text to continue")
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise UserError(f"prompt {prompt!a:.60}: is not valid UTF-8; mend its encoding") from None
-        return self.tokenizer(prompt)["input_ids"]
+        return self.tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"]
+
+    def encode_row(self, row: PromptRow) -> list[int]:
+        """Token ids of a prompts file's row. Raises UserError as `encode`."""
+        return self.encode(row.prompt, special_tokens=row.special_tokens)
 
 
 def open_run(directory: str | Path) -> RunFiles:

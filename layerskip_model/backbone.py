@@ -7,6 +7,7 @@ patched, and a model that is not in training computes what it always did.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip_model.errors import UserError
-from layerskip_model.token_loss import HeadMap
+from layerskip_model.head_map import HeadMap
 
 Result = TypeVar("Result")
+States = TypeVar("States", Tensor, tuple[Tensor, ...])
 LayerCall = Callable[..., Tensor]
 Around = Callable[..., Tensor]  # around(index, call, hidden, *args, **kwargs) -> hidden
 
@@ -76,8 +78,8 @@ class Backbone:
         # By the head's own forward: its weight may be quantized, or on another device or disk until it runs.
         return self.head_map().squash(self.head(self.norm(hidden)))
 
-    def at_head(self, hidden: Tensor, compute: Callable[[Tensor, HeadMap], Result]) -> Result:
-        """`compute(hidden, head map)`, run inside the head module's forward.
+    def at_head(self, hidden: States, compute: Callable[[States, HeadMap], Result]) -> Result:
+        """`compute(hidden, head map)`, run inside the head module's forward; `hidden` one state or several.
 
         Engines that shard parameters gather the head's weight only while the head module runs, so a loss
         that reads the weight itself has to run in there.
@@ -89,9 +91,13 @@ class Backbone:
     def check(self) -> None:
         """Compare norm and head as they are known here with what the model does, by a forward of two tokens.
 
-        Raises UserError for a model whose layers return something else than hidden states, or that does more
-        after them than is known here: early exits would be trained on logits that it never gives.
+        A model whose weights are elsewhere (on the meta device, or split over ranks) is represented by a small one
+        that is built alike. Raises UserError for a model whose layers return something else than hidden states, or
+        that does more after them than is known here: early exits would be trained on logits that it never gives.
         """
+        if not has_values(self.model):
+            Backbone(_small_twin(self.model)).check()
+            return
         states: dict[str, Any] = {}
 
         def read_last_layer(module: nn.Module, args: Any, output: Any) -> None:
@@ -146,9 +152,13 @@ class Backbone:
             interception.release()
         self._interceptions = []
 
-    def final_states(self, input_ids: Tensor) -> Tensor:
-        """The model's own forward up to and with the final norm. Tokens [batch, seq] -> [batch, seq, hidden]."""
-        return self.base(input_ids=input_ids, use_cache=False).last_hidden_state
+    def final_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """The model's own forward up to and with the final norm. Tokens [batch, seq] -> [batch, seq, hidden].
+
+        Where `position_ids` [batch, seq] restart at 0 a new document begins, which attends to itself only; the
+        model makes that mask.
+        """
+        return self.base(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
 
 class _Interception:
@@ -201,6 +211,25 @@ def _close(actual: Tensor, expected: Tensor) -> bool:
         return False
     allowed = CHECK_TOLERANCE[expected.dtype] * expected.abs().max().item()
     return (actual - expected).abs().max().item() <= allowed
+
+
+def has_values(model: nn.Module) -> bool:
+    """Whether a forward can run as the model stands: no parameter on the meta device or split by DeepSpeed."""
+    is_offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return is_offloaded or not any(p.is_meta or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def _small_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """One random layer of the model's type, as wide as its own but for the MLP, with few tokens, on the CPU."""
+    config = copy.deepcopy(model.config)
+    sizes = config.get_text_config()
+    sizes.update({"num_hidden_layers": 1, "vocab_size": 16, "intermediate_size": 64})
+    sizes.update(dict.fromkeys(["bos_token_id", "eos_token_id", "pad_token_id"]))
+    if getattr(sizes, "layer_types", None):
+        sizes.layer_types = sizes.layer_types[-1:]
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        return type(model)(config)
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from layerskip_model.backbone import Backbone, LayerCall, model_device
 from layerskip_model.errors import UserError
+from layerskip_model.head_map import HeadMap
 from layerskip_model.layer_dropout import LayerDropout, run_kept_rows
-from layerskip_model.token_loss import IGNORE_INDEX, cross_entropy_sum, predictions
+from layerskip_model.token_loss import IGNORE_INDEX, predictions, weighted_cross_entropy
 
 WEIGHTS: dict[str, Callable[[int], float]] = {
     "uniform": lambda layer: 1.0,
@@ -90,7 +92,7 @@ class ExitLoss:
 
 @dataclass
 class LossTerms:
-    """What one forward leaves: per exit E the summed cross entropy (float32 scalar) and its weight e~(t, l).
+    """What one forward leaves: per exit E the summed cross entropy, without gradient, and its weight e~(t, l).
 
     In evaluation instead of the weights the number of tokens that count, and of those with the right top-1
     prediction and with the last layer's.
@@ -100,11 +102,14 @@ class LossTerms:
     weights: dict[int, float] = field(default_factory=dict)
     correct: dict[int, Tensor] = field(default_factory=dict)
     agreement: dict[int, Tensor] = field(default_factory=dict)
+    agreed: dict[int, Tensor] = field(default_factory=dict)  # bool [batch, seq], of all tokens
     tokens: Tensor | None = None
+    total: Tensor | None = None
 
     def weighted_sum(self) -> Tensor:
-        """J(t) times the number of tokens: sum_l e~(t, l) CE_l."""
-        return torch.stack([self.weights[e] * ce for e, ce in self.cross_entropy.items()]).sum()
+        """J(t) times the number of tokens: sum_l e~(t, l) CE_l, with its gradient."""
+        assert self.total is not None, "in training only"
+        return self.total
 
 
 class EarlyExitModel(nn.Module):
@@ -137,11 +142,19 @@ class EarlyExitModel(nn.Module):
             self._states[index + 1] = hidden
         return hidden
 
-    def forward(self, input_ids: Tensor, labels: Tensor, rows: Sequence[int], step: int) -> LossTerms:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        rows: Sequence[int],
+        step: int,
+        position_ids: Tensor | None = None,
+    ) -> LossTerms:
         """The loss terms of one micro-batch.
 
         `input_ids`, `labels` [batch, seq], labels already shifted, IGNORE_INDEX where there is none; `rows`
-        the samples' indexes in the global batch; `step` the optimizer step. With layer dropout and activation
+        the samples' indexes in the global batch; `step` the optimizer step; `position_ids` [batch, seq] restart
+        at 0 with each document of a row, which then attends to itself only. With layer dropout and activation
         checkpointing, run the backward of one forward before the next forward.
         """
         last = self.backbone.num_layers
@@ -150,7 +163,7 @@ class EarlyExitModel(nn.Module):
         self._wanted = frozenset(weights) - {last}
         self._running = True
         try:
-            final = self.backbone.final_states(input_ids)  # [batch, seq, hidden]
+            final = self.backbone.final_states(input_ids, position_ids)  # [batch, seq, hidden]
             states = self._states | {last: final}
         finally:
             self._running, self._wanted, self._states = False, frozenset(), {}
@@ -158,20 +171,25 @@ class EarlyExitModel(nn.Module):
             return self._losses(states, labels, weights)
         return self._measurements(states, labels)
 
-    def _normed(self, states: dict[int, Tensor], exit_layer: int) -> Tensor:
-        """g without its head: [batch * seq, hidden]. The model's own forward has normed the last already."""
-        state = states[exit_layer]
-        normed = state if exit_layer == self.backbone.num_layers else self.backbone.norm(state)
-        return normed.flatten(0, 1)
+    def _normed(self, state: Tensor, exit_layer: int) -> Tensor:
+        """g without its head: [batch, seq, hidden] -> [batch * seq, hidden]. The model has normed the last itself.
+
+        What a norm saves for its backward is several times its input; doing it again is cheap.
+        """
+        if exit_layer < self.backbone.num_layers:
+            state = checkpoint(self.backbone.norm, state, use_reentrant=False, preserve_rng_state=False)
+        return state.flatten(0, 1)
 
     def _losses(self, states: dict[int, Tensor], labels: Tensor, weights: dict[int, float]) -> LossTerms:
-        flat = labels.flatten()
-        terms = LossTerms(weights=weights)
-        for exit_layer in sorted(states):
-            terms.cross_entropy[exit_layer] = self.backbone.at_head(
-                self._normed(states, exit_layer), lambda hidden, head: cross_entropy_sum(hidden, flat, head)
-            )
-        return terms
+        exits = sorted(states)
+
+        def compute(hidden: tuple[Tensor, ...], head: HeadMap) -> tuple[Tensor, list[Tensor]]:
+            normed = (self._normed(state, e) for state, e in zip(hidden, exits, strict=True))
+            return weighted_cross_entropy(normed, [weights[e] for e in exits], labels.flatten(), head)
+
+        # One call, so that an engine that shards the head gathers it once.
+        total, losses = self.backbone.at_head(tuple(states[e] for e in exits), compute)
+        return LossTerms(dict(zip(exits, losses, strict=True)), weights, total=total)
 
     def _measurements(self, states: dict[int, Tensor], labels: Tensor) -> LossTerms:
         flat = labels.flatten().to(model_device(self.backbone.head))
@@ -180,11 +198,13 @@ class EarlyExitModel(nn.Module):
         final: Tensor | None = None
         for exit_layer in sorted(states, reverse=True):
             nll, top = self.backbone.at_head(
-                self._normed(states, exit_layer), lambda hidden, head: predictions(hidden, flat, head)
+                self._normed(states[exit_layer], exit_layer),
+                lambda hidden, head: predictions(hidden, flat, head),
             )
             final = top if final is None else final
             terms.cross_entropy[exit_layer] = nll.sum()
             terms.correct[exit_layer] = ((top == flat) & counted).sum()
+            terms.agreed[exit_layer] = (top == final).view(labels.shape)
             terms.agreement[exit_layer] = ((top == final) & counted).sum()
         return terms
 

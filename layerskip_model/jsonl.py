@@ -15,20 +15,29 @@ from layerskip_model.errors import UserError
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (1-based line number, JSON object) for every line of a file that is not blank.
 
-    Raises UserError for a path that is no readable file, and "FILE:LINE: ..." for a line that is not UTF-8
-    (an escaped half of a surrogate pair cannot be written as UTF-8 either) or not a JSON object.
+    Raises UserError for a path that is no readable file, and as `parse_row`.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 (only the opening may be the user's mistake)
+        for number, raw in read_lines(path):
+            yield number, parse_row(raw, f"{path}:{number}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file of JSON lines") from error
-    with file:
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (1-based line number, bytes) for every line of a file that is not blank. Raises OSError."""
+    with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             if raw.strip():
-                yield number, _parse_row(raw, f"{path}:{number}")
+                yield number, raw
 
 
-def _parse_row(raw: bytes, where: str) -> dict[str, Any]:
+def parse_row(raw: bytes, where: str) -> dict[str, Any]:
+    """A line's JSON object.
+
+    Raises UserError "FILE:LINE: ..." (`where`) for a line that is not UTF-8 (an escaped half of a surrogate pair
+    cannot be written as UTF-8 either) or not a JSON object.
+    """
     try:
         row = json.loads(raw.decode("utf-8-sig"))
         if b"\\ud" in raw.lower():
@@ -64,20 +73,23 @@ class PromptRow:
     """One prompt of a prompts file.
 
     `response` is the text that the file gives as the answer, None if it gives none. `source` is the row's
-    `source` or `category`, or else the file's name without its ending. `line` is 1-based.
+    `source` or `category`, or else the file's name without its ending. `line` is 1-based. Without `special_tokens`
+    the prompt holds its special tokens already, as a chat template wrote it, and none are added to it.
     """
 
     prompt: str
     response: str | None
     source: str
     line: int
+    special_tokens: bool = True
 
 
 def read_prompts(path: str | Path) -> list[PromptRow]:
     """Read rows with `prompt` (str) or `turns` (list of str, of which the first is the prompt).
 
     The answer may stand in `response` or `reference` (a str, or as in Spec-Bench a list with one str a turn),
-    the origin in `source` or `category`; other keys are ignored.
+    the origin in `source` or `category`; `special_tokens: false` says that the prompt holds them already; other
+    keys are ignored.
     Raises UserError "FILE:LINE: ..." for any other row and for an empty prompt, and for a file without rows.
     """
     rows = [_prompt_row(row, f"{path}:{line}", Path(path).stem, line) for line, row in read_rows(path)]
@@ -103,7 +115,10 @@ def _prompt_row(row: dict[str, Any], where: str, default_source: str, line: int)
     source = row.get("source", row.get("category", default_source))
     if not isinstance(source, str):
         raise UserError(f"{where}: the source is {source!r:.40}; it must be a string")
-    return PromptRow(prompt, response, source, line)
+    special_tokens = row.get("special_tokens", True)
+    if not isinstance(special_tokens, bool):
+        raise UserError(f"{where}: 'special_tokens' is {special_tokens!r:.40}; it must be true or false")
+    return PromptRow(prompt, response, source, line, special_tokens)
 
 
 def _first_text(row: dict[str, Any], key: str, where: str) -> str:

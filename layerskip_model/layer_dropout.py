@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "exp": lambda x: math.exp(x * math.log(2.0)) - 1.0,  # D(l) and S(t) of the paper
@@ -17,6 +18,9 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "log": lambda x: math.log2(1.0 + x),
     "sine": lambda x: math.sin(0.5 * math.pi * x),
     "sigmoid": lambda x: 1.0 / (1.0 + math.exp(-10.0 * (x - 0.5))),
+    "saturating": lambda x: (
+        1.0 - math.exp(-100.0 * x)
+    ),  # over time in Progressive Layer Dropping (2010.13369)
     "constant": lambda x: 1.0,
 }
 """How a rate grows from 0 to 1 over the depth or over the run, as a function of the fraction done."""
@@ -98,8 +102,9 @@ def run_kept_rows(
     """x + M f(x), section 4.1: run a layer on the kept samples only, the others pass unchanged.
 
     `call` is the layer (residual included), `keep` bool [batch], `hidden` [batch, seq, hidden]. Masks and
-    positions with a batch dimension follow the samples. When no sample is kept the layer still runs on one,
-    times zero: every rank then calls every layer, and its collectives and gradient hooks match.
+    positions with a batch dimension follow the samples. When no sample is kept the layer still runs on one
+    token, whose output is thrown away: every rank then calls every layer, so that its collectives and gradient
+    hooks match, and its parameters get zero gradients rather than none.
 
     Raises ValueError where `keep` and `hidden` are not of the same batch.
     """
@@ -107,22 +112,113 @@ def run_kept_rows(
         raise ValueError(f"{len(keep)} decisions for hidden states of shape {tuple(hidden.shape)}")
     if keep.all():
         return call(hidden, *args, **kwargs)
-    chosen = np.flatnonzero(keep)
-    index = torch.as_tensor(chosen if len(chosen) else np.zeros(1, dtype=np.int64), device=hidden.device)
-    args, kwargs = _take((args, kwargs), index, len(keep))
-    inputs = hidden.index_select(0, index)
-    outputs = call(inputs, *args, **kwargs)
-    if not len(chosen):
-        outputs = inputs + (outputs - inputs) * 0.0
-    return hidden.index_copy(0, index, outputs.to(hidden.dtype))
+    if not keep.any():
+        token = hidden[:1, :1].detach().clone().requires_grad_(torch.is_grad_enabled())
+        args, kwargs = _first_token((args, kwargs), *hidden.shape[:2])
+        return _PassBy.apply(hidden, call(token, *args, **kwargs))
+    runs = _runs(keep)
+    args, kwargs = _chosen((args, kwargs), runs, len(keep))
+    kept, others = _Take.apply(hidden, runs)
+    return _Put.apply(call(kept, *args, **kwargs).to(hidden.dtype), others, runs)
 
 
-def _take(value: Any, index: Tensor, batch: int) -> Any:
-    """The chosen samples of every tensor that has a batch dimension, inside tuples and dicts too."""
+@dataclass(frozen=True)
+class _Run:
+    """Neighbours in a batch that share a decision. `place` is theirs among the kept samples alone."""
+
+    rows: slice
+    place: slice | None  # None: dropped
+
+
+def _runs(keep: np.ndarray) -> list[_Run]:
+    """A batch's decisions as runs: a few slices, which need no index on the device."""
+    ends = [*(np.flatnonzero(keep[1:] != keep[:-1]) + 1).tolist(), len(keep)]
+    runs, start, kept = [], 0, 0
+    for end in ends:
+        place = slice(kept, kept + end - start) if keep[start] else None
+        runs.append(_Run(slice(start, end), place))
+        kept += (end - start) * bool(keep[start])
+        start = end
+    return runs
+
+
+def _take(whole: Tensor, runs: list[_Run]) -> Tensor:
+    """The kept samples: [batch, ...] -> [kept, ...]; a view where they are neighbours."""
+    parts = [whole[run.rows] for run in runs if run.place is not None]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _put(kept: Tensor, others: Tensor, runs: list[_Run]) -> Tensor:
+    """The batch in its order: kept samples from `kept` [kept, ...], dropped ones from `others` [batch, ...]."""
+    return torch.cat([others[run.rows] if run.place is None else kept[run.place] for run in runs])
+
+
+class _Take(torch.autograd.Function):
+    """The kept samples of the stream, and the stream itself for `_Put`: each way one copy of the batch at most."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, runs: list[_Run]) -> tuple[Tensor, Tensor]:
+        ctx.runs = runs
+        return _take(hidden, runs), hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, kept: Tensor, others: Tensor) -> tuple[Tensor, None]:
+        return _put(kept, others, ctx.runs), None
+
+
+class _Put(torch.autograd.Function):
+    """The layer's outputs in their places. The kept rows of the gradient it gives back mean nothing to `_Take`."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, others: Tensor, runs: list[_Run]) -> Tensor:
+        ctx.runs = runs
+        return _put(kept, others, runs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, whole: Tensor) -> tuple[Tensor, Tensor, None]:
+        return _take(whole, ctx.runs), whole, None
+
+
+class _PassBy(torch.autograd.Function):
+    """The stream as it is, with a layer's output in the graph that changes nothing and gets a zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, whole: Tensor) -> tuple[Tensor, Tensor]:
+        return whole, torch.zeros_like(ctx.saved_tensors[0])
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` of every tensor inside tuples and dicts."""
     if isinstance(value, Tensor):
-        return value.index_select(0, index) if value.dim() >= 2 and value.shape[0] == batch else value
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(_take(part, index, batch) for part in value)
+        return tuple(_map_tensors(part, change) for part in value)
     if isinstance(value, dict):
-        return {key: _take(part, index, batch) for key, part in value.items()}
+        return {key: _map_tensors(part, change) for key, part in value.items()}
     return value
+
+
+def _chosen(value: Any, runs: list[_Run], batch: int) -> Any:
+    """The kept samples of every tensor that has a batch dimension."""
+    return _map_tensors(value, lambda t: _take(t, runs) if t.dim() >= 2 and t.shape[0] == batch else t)
+
+
+def _first_token(value: Any, batch: int, length: int) -> Any:
+    """Masks [b, heads, length, length] and positions [b, length, ...] for the first token of the first sample."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.dim() < 2 or tensor.shape[0] not in (1, batch):
+            return tensor
+        if tensor.dim() == 4 and tensor.shape[-2:] == (length, length):
+            return tensor[:1, :, :1, :1]
+        return tensor[:1, :1] if tensor.shape[1] == length else tensor
+
+    return _map_tensors(value, cut)

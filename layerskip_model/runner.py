@@ -50,13 +50,14 @@ class Runner:
         backbone: the model's parts; its `logits` is the one used here.
         windows: attention kind -> sliding window in tokens, None for full attention.
 
+    `fuse=False` leaves the layers' weights where they are, as for a model that goes on training.
     Raises UserError for a model that cannot be run layer by layer, or whose logits then differ from its own.
     """
 
     fixed_shapes = False
     captures = 0
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, fuse: bool = True) -> None:
         self.backbone = Backbone(model)
         self.model = model
         self.num_layers = self.backbone.num_layers
@@ -73,7 +74,7 @@ class Runner:
                 f"{', '.join((*MASKED, *FLASH_ATTENTION))}"
             )
         self.kinds, self.windows = attention_kinds(config, self.num_layers)
-        self.fused = self._fused_layers()
+        self.fused = self._fused_layers() if fuse else None
         self._norm = fast_norm(self.backbone.norm)
         self._head = self.backbone.head_map()
         if self.fused is not None and not fused_layers_agree(self):

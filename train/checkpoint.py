@@ -5,51 +5,85 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from layerskip_model.errors import UserError
+from train.data.stream_rows import StreamState
+from train.engine import Engine
 from train.metrics import Totals
-from train.objectives import Objective
 
 PREFIX = "step-"
+
+
+class Saved(NamedTuple):
+    """What a checkpoint tells beside what the engine holds."""
+
+    step: int  # optimizer steps that are finished
+    metrics: Totals  # the sums that were not logged yet
+    stream: StreamState | None  # None for data on disk, which is a function of the step
 
 
 def save_checkpoint(
     directory: Path,
     step: int,
-    objective: Objective[Any],
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     keep: int,
     metrics: Totals | None = None,
+    stream: StreamState | None = None,
 ) -> Path:
-    """Write `directory/step-N` after N finished steps and remove all but the newest `keep`. Main process only.
+    """Write `directory/step-N` after N finished steps and remove all but the newest `keep`. Every rank calls it.
 
-    `metrics` are the sums that have not been logged yet.
+    `metrics` are the sums that have not been logged yet; `stream` is the main process's. Nobody goes on before the
+    checkpoint is there.
     """
     target = directory / f"{PREFIX}{step:08d}"
-    for leftover in directory.glob(f".{PREFIX}*"):  # of a process that was killed
-        shutil.rmtree(leftover)
     partial = directory / f".{target.name}.partial"
-    partial.mkdir(parents=True)
-    state = {name: tensor.detach().contiguous() for name, tensor in objective.trainable_state().items()}
-    save_file(state, partial / "trainable.safetensors")
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps({"step": step, "metrics": metrics or {}}) + "\n")
-    replace_directory(partial, target)
-    for path in list_checkpoints(directory)[:-keep]:
-        shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))  # never half of one under its name
+    accelerator = engine.accelerator
+    if accelerator.is_main_process:
+        for leftover in directory.glob(f".{PREFIX}*"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    engine.save(partial)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if stream is not None:
+            torch.save(stream, partial / "stream.pt")
+        told = {
+            "step": step,
+            "metrics": metrics or {},
+            "engine": engine.name,
+            "processes": accelerator.num_processes,
+        }
+        (partial / "state.json").write_text(json.dumps(told) + "\n")
+        replace_directory(partial, target)
+        for path in list_checkpoints(directory)[:-keep]:
+            shutil.rmtree(
+                path.rename(path.with_name(f".{path.name}.old"))
+            )  # never half of one under its name
+    accelerator.wait_for_everyone()
     return target
 
 
-def load_checkpoint(path: Path, objective: Objective[Any], optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint back; the number of finished steps. Raises UserError for one that cannot be read."""
+def load_checkpoint(path: Path, engine: Engine) -> Saved:
+    """Put a checkpoint back; what it tells. Every rank calls it.
+
+    Raises UserError for one that cannot be read, or that another engine wrote.
+    """
     try:
-        objective.load_trainable_state(load_file(path / "trainable.safetensors"))
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
-        return int(json.loads((path / "state.json").read_text())["step"])
+        told = json.loads((path / "state.json").read_text())
+        _refuse_other_engine(path, told, engine)
+        engine.load(path)
+        stream = path / "stream.pt"
+        return Saved(
+            step=int(told["step"]),
+            metrics=told["metrics"],
+            stream=torch.load(stream, weights_only=True, map_location="cpu") if stream.is_file() else None,
+        )
+    except UserError:
+        raise
     except Exception as error:  # a damaged file can fail in any reader
         raise UserError(
             f"checkpoint {path} cannot be resumed ({' '.join(str(error).split())[:200]}); "
@@ -57,9 +91,15 @@ def load_checkpoint(path: Path, objective: Objective[Any], optimizer: torch.opti
         ) from error
 
 
-def load_metrics(path: Path) -> Totals:
-    """The sums that were not logged yet when a checkpoint was saved."""
-    return json.loads((path / "state.json").read_text())["metrics"]
+def _refuse_other_engine(path: Path, told: dict[str, Any], engine: Engine) -> None:
+    """What an engine writes only the same one reads, and some only on as many processes."""
+    theirs = (told["engine"], told["processes"] if engine.is_bound_to_processes else None)
+    ours = (engine.name, engine.accelerator.num_processes if engine.is_bound_to_processes else None)
+    if theirs != ours:
+        raise UserError(
+            f"checkpoint {path} was written by engine '{told['engine']}' on {told['processes']} process(es) and this "
+            f"is '{engine.name}' on {engine.accelerator.num_processes}; launch it as before, or pass --fresh"
+        )
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

@@ -21,7 +21,9 @@ from train.section import FrozenModelSection, Section
 class BatchConfig(Section):
     """The global batch, which the program splits over ranks and accumulation."""
 
-    sequences: int = Field(ge=1, description="sequences an optimizer step, over all ranks")
+    sequences: int = Field(
+        ge=1, description="sequences an optimizer step, over all ranks; neither they nor micro need divide it"
+    )
     length: int = Field(ge=2, description="tokens a sequence")
     micro: int | None = Field(None, ge=1, description="sequences a forward on one rank; default: all at once")
 
@@ -46,6 +48,9 @@ class LogConfig(Section):
     """Where metrics go besides the terminal and OUTPUT_DIR/log.jsonl."""
 
     every: int = Field(10, ge=1, description="optimizer steps")
+    peak_tflops: float | None = Field(
+        None, gt=0.0, description="of one device, for the FLOPs utilisation; default: known for many GPUs"
+    )
     wandb: WandbConfig | None = Field(None, description="default: not used")
 
 
@@ -58,11 +63,26 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="how many to keep")
 
 
+class DecodeConfig(Section):
+    """A short greedy decode of held-out prompts with the model in training, against autoregressive decoding."""
+
+    prompts: int = Field(4, ge=1, description="held-out prompts")
+    new_tokens: int = Field(64, ge=2, description="tokens a prompt")
+    num_speculations: int = Field(4, ge=1, description="drafts a verification")
+    exit_layer: int | None = Field(
+        None, ge=1, description="exit that drafts; default: the best for the text that the model writes"
+    )
+
+
 class EvaluateConfig(Section):
     """Held-out evaluation, of every exit; one more follows the last step."""
 
     every: int | None = Field(None, ge=1, description="optimizer steps; default: only at the end")
     sequences: int | None = Field(None, ge=1, description="evaluate on that many; default: all")
+    decode: DecodeConfig | None = Field(
+        None,
+        description="decode at every checkpoint; default: only at the end, for the suggestion in run.json",
+    )
 
 
 O = TypeVar("O", bound=Section)  # noqa: E741
@@ -94,16 +114,27 @@ class Recipe(Section, Generic[O]):
             raise ValueError(
                 f"give exactly one of max_steps, max_tokens and epochs, not {', '.join(given) or 'none'}"
             )
+        if self.epochs is not None and any(source.streaming for source in self.data.train):
+            raise ValueError(
+                f"epochs: {self.epochs:g} with a streaming source, whose length nobody knows; "
+                "give max_steps or max_tokens"
+            )
         if self.epochs is None:
             self._check_warmup(self._steps(num_sequences=0))
         return self
 
     @model_validator(mode="after")
     def _model_fits(self) -> Self:
-        if self.model.dtype != "float32" and not isinstance(self.objective, FrozenModelSection):
+        frozen = self.model.lora is not None or isinstance(self.objective, FrozenModelSection)
+        if self.model.dtype != "float32" and not frozen:
             raise ValueError(
                 f"model.dtype: {self.model.dtype} is for frozen weights, and this objective trains them; "
-                "use float32 (model.autocast: bfloat16 makes it fast)"
+                "use float32 (model.autocast: bfloat16 makes it fast) or model.lora"
+            )
+        if self.model.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                "optimizer.kind: muon orthogonalises the update of a whole matrix, and model.lora trains only "
+                "factors of one; use adamw"
             )
         context = (self.model.config or {}).get("max_position_embeddings")
         if isinstance(context, int) and self.batch.length > context:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from layerskip_model.errors import UserError
 from train.config import LogConfig
 
+if TYPE_CHECKING:
+    from train.progress import Bars
+
 LOG_NAME = "log.jsonl"
-PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal to draw a bar on
 
 
 class RunLog:
@@ -33,31 +27,45 @@ class RunLog:
         self.active = active
         self.path = directory / LOG_NAME
         self.console = Console(stderr=True, quiet=not active)
+        self.on_terminal = active and sys.stderr.isatty()
+        self.bars: Bars | None = None  # what is on the terminal now
         self.wandb = _start_wandb(directory, config, recipe) if active and config.wandb else None
+        self._in_wandb: set[tuple[int, str]] = set()  # (step, metric) that an earlier process has sent there
+        self._said: set[str] = set()
 
     def forget_after(self, step: int) -> None:
-        """Drop lines of steps that a resumed run will do again."""
+        """Drop lines of steps that a resumed run will do again; wandb, which cannot, will not get them twice."""
         if not self.active or not self.path.exists():
             return
         # A killed run may have left half a line at the end.
         lines = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+        if self.wandb is not None:
+            self._in_wandb = {(line["step"], name) for line in lines for name in line}
         kept = "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
         partial = self.path.with_suffix(".partial")
         partial.write_text(kept)
         os.replace(partial, self.path)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One JSON line, after `step` finished steps, and the same to wandb."""
-        if not self.active:
+        """One JSON line, after `step` finished steps, and the same to wandb; no line without metrics."""
+        if not self.active or not metrics:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+            new = {name: value for name, value in metrics.items() if (step, name) not in self._in_wandb}
+            if new:
+                self.wandb.log(new, step=step)
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say_once(self, text: str) -> None:
+        """The same, unless it has been said."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     def close(self) -> None:
         """Finish the wandb run."""
@@ -65,51 +73,8 @@ class RunLog:
             self.wandb.finish()
 
 
-class StepProgress:
-    """Steps done, loss, tokens a second and time left: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, log: RunLog, start: int, total: int) -> None:
-        self.log, self.start, self.total = log, start, total
-        self.began = self.last_line = time.monotonic()
-        self.tokens = 0
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        self.bar = Progress(*columns, console=log.console, disable=not (log.active and sys.stderr.isatty()))
-        self.task = self.bar.add_task("training", total=total, completed=start, status="")
-
-    def __enter__(self) -> StepProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Since the run (or its continuation) began."""
-        return self.tokens / max(time.monotonic() - self.began, 1e-9)
-
-    def advance(self, step: int, tokens: int, loss: float | None) -> None:
-        """One more step is done; `loss` is the latest known."""
-        self.tokens += tokens
-        shown = "" if loss is None else f"loss {loss:.3f}  "
-        status = f"{shown}{self.tokens_per_second:,.0f} tok/s"
-        self.bar.update(self.task, completed=step, status=status)
-        now = time.monotonic()
-        if self.bar.disable and (now - self.last_line > PLAIN_INTERVAL or step == self.total):
-            self.last_line = now
-            left = (now - self.began) / (step - self.start) * (self.total - step)
-            self.log.say(f"step {step}/{self.total}  {status}  {int(left // 60)}:{int(left % 60):02d} left")
-
-
 def _start_wandb(directory: Path, config: LogConfig, recipe: dict[str, Any]) -> Any:
+    """The run at Weights & Biases, the same one whenever the run in `directory` goes on."""
     assert config.wandb is not None
     try:
         import wandb
@@ -124,6 +89,8 @@ def _start_wandb(directory: Path, config: LogConfig, recipe: dict[str, Any]) -> 
         return wandb.init(
             project=settings.project,
             name=settings.name,
+            id=_wandb_id(directory / "wandb"),
+            resume="allow",
             mode=mode,
             dir=str(directory),
             config=recipe,
@@ -132,3 +99,14 @@ def _start_wandb(directory: Path, config: LogConfig, recipe: dict[str, Any]) -> 
         raise UserError(
             f"log.wandb: {' '.join(str(error).split()).rstrip('.')}; run 'wandb login', or set mode: offline"
         ) from error
+
+
+def _wandb_id(directory: Path) -> str:
+    """The id of the run, made up once and kept in wandb's own folder, which goes with the run."""
+    path = directory / "run-id"
+    if not path.is_file():
+        directory.mkdir(exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(secrets.token_hex(8))
+        partial.replace(path)
+    return path.read_text()

@@ -12,15 +12,18 @@ import numpy as np
 import torch
 
 from layerskip_model.errors import UserError
-from train.checkpoint import list_checkpoints, load_checkpoint, load_metrics, save_checkpoint
+from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from train.config import Recipe
-from train.data.packing import StepBatches
+from train.data.stream_rows import StreamState
+from train.data.streams import SourceLost
+from train.drafting import decode, suggest
 from train.evaluation import evaluate, to_device
-from train.log import StepProgress
 from train.metrics import MetricSums, all_sum
+from train.model import export_dtype
 from train.objectives.base import Batch
 from train.optimizer import set_learning_rate
 from train.processes import join, on_main_process
+from train.progress import StepProgress, progress_of
 from train.run import Run, set_up
 from train.run_directory import (
     CHECKPOINTS_NAME,
@@ -60,43 +63,55 @@ def fit(run: Run) -> None:
     """All optimizer steps from the newest checkpoint on."""
     recipe, total = run.recipe, run.recipe.total_steps
     sums = MetricSums()
-    start = resume(run, sums)
-    batches = StepBatches(
+    start, stream = resume(run, sums)
+    batches = run.data.batches(
         run.training_rows,
         sequences=recipe.batch.sequences,
         micro=run.micro,
         seed=recipe.seed,
-        rank=run.accelerator.process_index,
-        world=run.accelerator.num_processes,
         start=start,
         stop=total,
+        rank=run.accelerator.process_index,
+        world=run.accelerator.num_processes,
+        state=stream,
     )
-    loss: float | None = None
-    with StepProgress(run.log, start, total) as progress, StopRequest() as stop:
-        for step, micro in zip(range(start, total), batches, strict=True):
-            tokens, stopping = train_step(run, step, micro, sums, stop.requested)
-            done = step + 1
-            last = done == total
-            if due(recipe.log.every, done) or last:
-                loss = log_step(run, done, sums, progress)
-            progress.advance(done, tokens, loss)
-            if due(recipe.evaluate.every, done) and not last:
-                run.log.write(done, evaluate(run, done))
-            if due(recipe.checkpoint.every, done) or stopping or last:
-                checkpoint(run, done, sums)
-            if stopping and not last:
-                raise Interrupted(f"stopped after step {done} of {total}; run the same command to go on")
+    done = start
+    with progress_of(run, start) as progress, StopRequest() as stop:
+        try:
+            for step, micro in zip(range(start, total), batches, strict=True):
+                tokens, stopping = train_step(run, step, micro, sums, stop.requested)
+                done = step + 1
+                last = done == total
+                progress.count(tokens)
+                if due(recipe.log.every, done) or last:
+                    log_step(run, done, sums, progress)
+                progress.advance(done)
+                with progress.paused():
+                    if due(recipe.evaluate.every, done) and not last:
+                        run.log.write(done, evaluate(run, done))
+                    saving = due(recipe.checkpoint.every, done) or last
+                    if saving:
+                        run.log.write(done, decode(run, done))
+                    if saving or stopping:
+                        checkpoint(run, done, sums, batches.state())
+                if stopping and not last:
+                    raise Interrupted(f"stopped after step {done} of {total}; run the same command to go on")
+        except SourceLost:  # on every rank, before the step that lacks data
+            if done > start:
+                checkpoint(run, done, sums, batches.state())
+            raise
 
 
-def resume(run: Run, sums: MetricSums) -> int:
-    """Put the newest checkpoint back, if there is one; the number of finished steps."""
+def resume(run: Run, sums: MetricSums) -> tuple[int, StreamState | None]:
+    """Put the newest checkpoint back, if there is one; the number of finished steps and where streams were."""
     saved = list_checkpoints(run.directory / CHECKPOINTS_NAME)
-    start = load_checkpoint(saved[-1], run.objective, run.optimizer) if saved else 0
+    start, stream = 0, None
     if saved:
-        sums.restore(load_metrics(saved[-1]), run.accelerator)
+        start, metrics, stream = load_checkpoint(saved[-1], run.engine)
+        sums.restore(metrics, run.accelerator)
         run.log.say(f"going on after step {start}")
     run.log.forget_after(start)
-    return start
+    return start, stream
 
 
 def train_step(
@@ -124,8 +139,8 @@ def train_step(
             # 4. The update, after the last micro-batch.
             if accelerator.sync_gradients:
                 limit = recipe.optimizer.clip_norm or math.inf
-                norm = accelerator.clip_grad_norm_(run.module.parameters(), limit)
-                if norm is not None:  # DeepSpeed knows none before its first update
+                norm = run.engine.clip(limit)
+                if norm is not None:  # not every engine knows it
                     sums.add({"gradient_norm": (norm, 1.0)})
             run.optimizer.step()
             run.optimizer.zero_grad()
@@ -137,14 +152,14 @@ def generator_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0])
 
 
-def log_step(run: Run, done: int, sums: MetricSums, progress: StepProgress) -> float:
-    """Write the means since the last call; the loss. Raises UserError when it is no number any more."""
+def log_step(run: Run, done: int, sums: MetricSums, progress: StepProgress) -> None:
+    """Write and show the means since the last call. Raises UserError when the loss is no number any more."""
     metrics = sums.reduce(run.accelerator)
     refuse_divergence(run, done, metrics)
     metrics["learning_rate"] = run.optimizer.param_groups[0]["lr"]
-    metrics["tokens_per_second"] = progress.tokens_per_second
+    metrics |= progress.measure(done)
     run.log.write(done, metrics)
-    return metrics["loss"]
+    progress.report(metrics, run.objective.in_words(done - 1, metrics))
 
 
 def refuse_divergence(run: Run, done: int, metrics: dict[str, float]) -> None:
@@ -159,36 +174,41 @@ def refuse_divergence(run: Run, done: int, metrics: dict[str, float]) -> None:
             )
 
 
-def checkpoint(run: Run, done: int, sums: MetricSums) -> None:
-    """Save on the main process; nobody goes on before it is there. Weights that diverged are not saved."""
+def checkpoint(run: Run, done: int, sums: MetricSums, stream: StreamState | None) -> None:
+    """Save; nobody goes on before it is there. Weights that diverged are not saved."""
     totals = sums.totals(run.accelerator)
     refuse_divergence(run, done, {name: total for name, (total, _) in totals.items()})
-    if run.accelerator.is_main_process:
-        directory = run.directory / CHECKPOINTS_NAME
-        save_checkpoint(directory, done, run.objective, run.optimizer, run.recipe.checkpoint.keep, totals)
-    run.accelerator.wait_for_everyone()
+    directory, keep = run.directory / CHECKPOINTS_NAME, run.recipe.checkpoint.keep
+    save_checkpoint(directory, done, run.engine, keep, totals, stream)
 
 
 def finish(run: Run) -> None:
     """Evaluate once more, export, and write run.json last: it marks the run as finished."""
     steps = run.recipe.total_steps
     heldout = evaluate(run, steps)
-    if run.accelerator.is_main_process:
+    plain = {name.removeprefix("heldout/"): value for name, value in heldout.items()}
+    suggestion = suggest(run, plain)
+    state = run.engine.whole_state()
+    if state is not None:
 
         def write(path: Path) -> None:
-            run.objective.export(path, run.objective.state_dict(), torch.float32)
+            run.objective.export(path, state, export_dtype(run.recipe.model))
             run.data.tokenizer.save_pretrained(path)
 
         write_export(run.directory, write)
-        shutil.copyfile(run.data.heldout_rows, run.directory / HELDOUT_NAME)
+        shutil.copyfile(run.data.heldout_prompts, run.directory / HELDOUT_NAME)
         run.log.write(steps, heldout)
-        plain = {name.removeprefix("heldout/"): value for name, value in heldout.items()}
         write_run_file(
             run.directory,
             run.recipe,
-            suggestion=run.objective.suggestion(plain),
+            suggestion=suggestion,
             heldout=plain,
-            progress={"steps": steps, "tokens": steps * run.recipe.batch.sequences * run.recipe.batch.length},
+            progress={
+                "steps": steps,
+                "tokens": steps * run.recipe.batch.sequences * run.recipe.batch.length,
+                "engine": run.engine.name,
+                "processes": run.accelerator.num_processes,
+            },
         )
         run.log.say(f"exported to {run.directory / EXPORT_NAME}")
     run.accelerator.wait_for_everyone()

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from layerskip_model.errors import UserError
-from layerskip_model.formats.huggingface import load_model, new_model, one_line
+from layerskip_model.formats.huggingface import DTYPES, load_model, new_model, one_line
+from layerskip_model.lora import add_lora
 from train.data.tokenizer import TokenizerConfig
 from train.model_config import ModelConfig
 from train.recipe_errors import guess, shorten
@@ -38,13 +39,15 @@ def outline_model(config: ModelConfig) -> PreTrainedModel:
     settings = _new_settings(config.config) if config.config is not None else _stored_settings(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, **options)
+            model = AutoModelForCausalLM.from_config(settings, dtype=DTYPES[config.dtype], **options)
     except Exception as error:  # whatever the model's constructor makes of impossible sizes
         raise UserError(f"model: cannot be made of its configuration ({one_line(error)})") from error
     if config.activation_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(
             f"model.activation_checkpointing: '{model.config.model_type}' models cannot do it; leave it out"
         )
+    if config.lora is not None:
+        add_lora(model, **config.lora.model_dump())
     return model
 
 
@@ -103,9 +106,21 @@ def build_model(
             config.name_or_path, dtype=config.dtype, attn_implementation=config.attn_implementation
         )
     check_fits(config, model, len(tokenizer), length)
+    if config.lora is not None:
+        torch.manual_seed(seed)
+        add_lora(model, **config.lora.model_dump())
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model.train()
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward instead of keeping what its backward needs."""
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.23 on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def check_fits(config: ModelConfig, model: PreTrainedModel, vocab_size: int, length: int) -> None:
@@ -133,3 +148,11 @@ def mixed_precision(config: ModelConfig) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return "bf16" if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes) else "no"
+
+
+def export_dtype(config: ModelConfig) -> torch.dtype:
+    """What exported weights are rounded to; by default what the checkpoint stores that the run began from."""
+    if config.export_dtype != "auto":
+        return DTYPES[config.export_dtype]
+    stored = _stored_settings(config).get_text_config().dtype if config.name_or_path else None
+    return stored if isinstance(stored, torch.dtype) else DTYPES.get(str(stored), torch.float32)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from train.data.tokenizer import TokenizerConfig
 from train.section import Section
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters of the layers' matrices instead of the weights (pip install peft); merged on export."""
+
+    rank: int = Field(16, ge=1, description="columns of B and rows of A in W + alpha / rank * B A")
+    alpha: float = Field(32.0, gt=0.0, description="alpha / rank scales the adapters")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the adapters' inputs")
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="every matrix of the decoder layers, or names such as q_proj"
+    )
 
 
 class ModelConfig(Section):
@@ -21,6 +32,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the loaded weights; bfloat16 where they are frozen, what trains is float32"
     )
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="of the exported weights; auto: as the checkpoint stores them, float32 for a new model",
+    )
+    lora: LoraConfig | None = Field(None, description="default: every weight trains that the method trains")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(
         None, description="default: transformers' choice"
     )

@@ -1,7 +1,8 @@
-"""AdamW, and Muon with AdamW for the rest, as one optimizer."""
+"""AdamW, or Muon or 8-bit AdamW for the layers' matrices with AdamW for the rest, as one optimizer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,23 +12,23 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from layerskip_model.errors import UserError
-from train.objectives import Objective
-from train.optimizer_config import AdamWConfig, MuonConfig
+from train.objectives.base import Objective
+from train.optimizer_config import AdamWConfig, AnyOptimizer, MuonConfig
 
 Group = dict[str, Any]
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimizers that look like one: `muon` has the matrices, `adamw` everything else."""
+class TwoOptimizers(torch.optim.Optimizer):
+    """Two optimizers that look like one: `matrices` has those of the decoder layers, `rest` everything else."""
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(self, matrices: torch.optim.Optimizer, rest: torch.optim.Optimizer) -> None:
         # The base class would keep groups and state of its own, which could fall out of step with the parts'.
-        self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
+        self.parts = (matrices, rest)
         self.defaults: dict[str, Any] = {}
 
     @property
     def param_groups(self) -> list[Group]:  # type: ignore[override]
-        """Of both parts, Muon's first."""
+        """Of both parts, the matrices' first."""
         return [group for part in self.parts for group in part.param_groups]
 
     @property
@@ -56,56 +57,93 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.load_state_dict(state)
 
 
-def build_optimizer(config: AdamWConfig | MuonConfig, objective: Objective[Any]) -> torch.optim.Optimizer:
-    """The recipe's optimizer over what trains. Vectors (norms, biases) get no weight decay.
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are updated alike: by the optimizer of the layers' matrices or by AdamW."""
 
-    Each group keeps its full learning rate under `full_lr`; the loop sets `lr` from it at every step.
-    Raises UserError for Muon on sharded parameters, which it cannot orthogonalise, or without any matrices.
-    """
-    if isinstance(config, MuonConfig):
-        _refuse_sharding()
-    groups: dict[tuple[bool, float, float], Group] = {}
+    of_matrices: bool  # of Muon or of 8-bit AdamW
+    lr: float  # the full rate
+    weight_decay: float
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+
+def parameter_groups(config: AnyOptimizer, objective: Objective[Any]) -> list[ParameterGroup]:
+    """What trains, by how it is updated, the matrices' optimizer first. Vectors (norms, biases) get no decay."""
+    groups: dict[tuple[bool, float, float], ParameterGroup] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.dtype in (torch.bfloat16, torch.float16):
+        is_split = hasattr(parameter, "ds_id")  # by DeepSpeed, which makes masters by itself
+        if parameter.dtype in (torch.bfloat16, torch.float16) and not is_split:
             raise ValueError(f"{name} trains in {parameter.dtype}; trainable parameters are float32 masters")
-        for_muon = isinstance(config, MuonConfig) and is_layer_matrix(name, parameter)
-        full = config.lr if for_muon or isinstance(config, AdamWConfig) else config.adamw_lr
+        of_matrices = not isinstance(config, AdamWConfig) and is_layer_matrix(name, parameter)
+        full = config.adamw_lr if isinstance(config, MuonConfig) and not of_matrices else config.lr
         lr = full * objective.learning_rate_multiple(name)
-        decay = config.weight_decay if parameter.dim() >= 2 else 0.0
-        group = {"params": [], "lr": lr, "full_lr": lr, "weight_decay": decay}
-        groups.setdefault((for_muon, lr, decay), group)["params"].append(parameter)
-    adamw_groups = [group for (for_muon, *_), group in groups.items() if not for_muon]
-    muon_groups = [group for (for_muon, *_), group in groups.items() if for_muon]
-    if isinstance(config, AdamWConfig):
-        return _adamw(config, adamw_groups)
-    if not muon_groups:
-        raise UserError(
-            "optimizer.kind: 'muon' is for matrices of decoder layers, and none trains here; use kind: adamw"
-        )
-    return MuonWithAdamW(
-        torch.optim.Muon(muon_groups, momentum=config.momentum), _adamw(config, adamw_groups)
-    )
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # that of a parameter DeepSpeed has split
+        decay = config.weight_decay if len(shape) >= 2 else 0.0
+        group = groups.setdefault((of_matrices, lr, decay), ParameterGroup(of_matrices, lr, decay))
+        group.parameters.append(parameter)
+    return sorted(groups.values(), key=lambda group: not group.of_matrices)
 
 
-def _adamw(config: AdamWConfig | MuonConfig, groups: list[Group]) -> torch.optim.AdamW:
+def build_optimizer(config: AnyOptimizer, objective: Objective[Any]) -> torch.optim.Optimizer:
+    """The recipe's optimizer over `parameter_groups`.
+
+    Each group keeps its full learning rate under `full_lr`; the loop sets `lr` from it at every step.
+    Raises UserError for Muon and 8-bit AdamW on sharded parameters or without any matrices of layers, and where
+    bitsandbytes is not installed.
+    """
+    groups = parameter_groups(config, objective)
+    rest = _as_torch([group for group in groups if not group.of_matrices])
     # torch refuses an empty list of groups, but not an empty group
     nothing: Group = {"params": [], "full_lr": 0.0}
-    return torch.optim.AdamW(groups or [nothing], betas=(config.betas[0], config.betas[1]), eps=config.eps)
+    adamw = torch.optim.AdamW(rest or [nothing], betas=_betas(config), eps=config.eps, fused=True)
+    if isinstance(config, AdamWConfig):
+        return adamw
+    _refuse_sharding(config.kind)
+    matrices = _as_torch([group for group in groups if group.of_matrices])
+    if not matrices:
+        raise UserError(
+            f"optimizer.kind: '{config.kind}' is for matrices of decoder layers, and none trains here; "
+            "use kind: adamw"
+        )
+    if isinstance(config, MuonConfig):
+        return TwoOptimizers(torch.optim.Muon(matrices, momentum=config.momentum), adamw)
+    return TwoOptimizers(bitsandbytes().AdamW8bit(matrices, betas=_betas(config), eps=config.eps), adamw)
 
 
-def _refuse_sharding() -> None:
+def bitsandbytes() -> Any:
+    """The optimizers of bitsandbytes. Raises UserError where it is not installed."""
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise UserError(
+            "optimizer.kind: 'adamw_8bit' needs the bitsandbytes package; pip install bitsandbytes, or use adamw"
+        ) from None
+    return optim
+
+
+def _as_torch(groups: list[ParameterGroup]) -> list[Group]:
+    return [
+        {"params": g.parameters, "lr": g.lr, "full_lr": g.lr, "weight_decay": g.weight_decay} for g in groups
+    ]
+
+
+def _betas(config: AnyOptimizer) -> tuple[float, float]:
+    return config.betas[0], config.betas[1]
+
+
+def _refuse_sharding(kind: str) -> None:
     # The process knows of DeepSpeed, only accelerate's own state of FSDP.
     engines = {PartialState().distributed_type, AcceleratorState._shared_state.get("distributed_type")}
     if engines & {DistributedType.FSDP, DistributedType.DEEPSPEED}:
         raise UserError(
-            "optimizer.kind: 'muon' needs whole matrices, which FSDP and DeepSpeed shard; use kind: adamw"
+            f"optimizer.kind: '{kind}' needs whole matrices, which FSDP and DeepSpeed shard; use kind: adamw"
         )
 
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes it: a matrix inside a decoder layer, not an embedding or a head."""
+    """Whether Muon or 8-bit AdamW takes it: a matrix inside a decoder layer, not an embedding or a head."""
     return parameter.dim() == 2 and ".layers." in name
 
 

@@ -25,6 +25,22 @@ class AdamWConfig(Section):
     clip_norm: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: don't clip")
 
 
+class AdamW8bitConfig(Section):
+    """AdamW with 8-bit averages for the matrices of the decoder layers (arXiv 2110.02861; pip install bitsandbytes).
+
+    Embeddings, head and vectors keep 32-bit averages, as its authors advise. One process or DDP.
+    """
+
+    kind: Literal["adamw_8bit"]
+    lr: float = Field(gt=0.0, description="the full learning rate, which schedule multiplies")
+    betas: Betas = Field([0.9, 0.95], description="decay of AdamW's two running averages")
+    eps: float = Field(1e-8, gt=0.0, description="added to AdamW's denominator")
+    weight_decay: float = Field(
+        0.1, ge=0.0, description="decoupled, times the learning rate; of matrices only"
+    )
+    clip_norm: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: don't clip")
+
+
 class MuonConfig(Section):
     """torch's Muon for the matrices of the decoder layers, AdamW for everything else."""
 
@@ -40,7 +56,8 @@ class MuonConfig(Section):
     clip_norm: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: don't clip")
 
 
-OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="kind")]
+AnyOptimizer = AdamWConfig | AdamW8bitConfig | MuonConfig
+OptimizerConfig = Annotated[AnyOptimizer, Field(discriminator="kind")]
 
 
 class ScheduleConfig(Section):

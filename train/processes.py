@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from accelerate import PartialState
@@ -13,9 +15,24 @@ from layerskip_model.processes import PATIENCE
 
 
 def join() -> PartialState:
-    """This process's place among those launched together; the first call lets them find each other."""
-    # Unless told that this is a CPU run, accelerate takes each process of one for a run of its own.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    """This process's place among those launched together; the first call lets them find each other.
+
+    Raises UserError where the launcher asks for DeepSpeed and it is not installed.
+    """
+    if is_asked_for("DEEPSPEED") and find_spec("deepspeed") is None:
+        raise UserError("the launch asks for DeepSpeed, which is not installed; pip install deepspeed")
+    if torch.accelerator.is_available():
+        return PartialState(timeout=PATIENCE)
+    # Unless told that this is a CPU run, accelerate takes each process of one for a run of its own; told so, it
+    # never asks DeepSpeed, which then wants to hear of the backend instead.
+    if is_asked_for("DEEPSPEED"):
+        return PartialState(backend="gloo", timeout=PATIENCE)
+    return PartialState(cpu=True, timeout=PATIENCE)
+
+
+def is_asked_for(engine: str) -> bool:
+    """Whether the launcher asks for the engine "FSDP" or "DEEPSPEED"."""
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
 
 def on_main_process(state: PartialState, work: Callable[[], None]) -> None:

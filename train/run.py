@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from torch import nn
 
 from train.config import Recipe
-from train.data.packing import PackedDataset, Rows, cut_for_rank
+from train.data.packing import Rows
 from train.data.prepare import PreparedData, prepare
+from train.engine import Engine, full_size, new_accelerator, new_engine
 from train.log import RunLog
-from train.model import build_model, mixed_precision, tokenizer_config
+from train.model import build_model, tokenizer_config
 from train.objectives import OBJECTIVES
 from train.objectives.base import Objective
 from train.optimizer import build_optimizer
@@ -28,14 +28,31 @@ class Run:
 
     recipe: Recipe[Any]  # with its number of steps
     directory: Path
-    accelerator: Accelerator
-    objective: Objective[Any]
-    module: nn.Module  # the objective as the engine wraps it
-    optimizer: Any
+    engine: Engine
     data: PreparedData
     training_rows: Rows
     heldout_rows: Rows
     log: RunLog
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """What the processes talk through."""
+        return self.engine.accelerator
+
+    @property
+    def objective(self) -> Objective[Any]:
+        """What is trained."""
+        return self.engine.objective
+
+    @property
+    def module(self) -> nn.Module:
+        """The objective as the engine wraps it; forwards go through this one."""
+        return self.engine.module
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer as the engine wraps it."""
+        return self.engine.optimizer
 
     @property
     def micro(self) -> int:
@@ -46,42 +63,28 @@ class Run:
 def set_up(recipe: Recipe[Any], directory: Path, state: PartialState) -> Run:
     """Data, model, objective and optimizer, prepared for the engine that the process was launched with."""
     log = RunLog(directory, recipe.log, recipe.model_dump(mode="json"), active=state.is_main_process)
-    data = prepare(recipe.data, tokenizer_config(recipe.model), directory / DATA_NAME, state)
-    training = PackedDataset(data.train, recipe.batch.length)
-    heldout = PackedDataset(data.heldout, recipe.batch.length, keep_last=True)
-    recipe = recipe.with_total_steps(len(training))
+    length = recipe.batch.length
+    data = prepare(recipe.data, tokenizer_config(recipe.model), directory / DATA_NAME, state, length=length)
+    for note in data.notes:
+        log.say(note)
+    recipe = recipe.with_total_steps(len(data.training))
     accelerator = new_accelerator(recipe, state.num_processes)
-    model = build_model(recipe.model, data.tokenizer, recipe.batch.length, recipe.seed)
+    model = build_model(recipe.model, data.tokenizer, length, recipe.seed)
     torch.manual_seed(recipe.seed)  # new weights of the objective: the same on every rank
     objective = OBJECTIVES[recipe.objective.kind].build(recipe, model)
     optimizer = build_optimizer(recipe.optimizer, objective)
-    trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
+    trained = sum(full_size(p) for p in objective.parameters() if p.requires_grad)
     log.say(
-        f"{trained:,} parameters train, {data.train.tokens:,} tokens, {recipe.total_steps:,} steps of "
+        f"{trained:,} parameters train, {data.amount}, {recipe.total_steps:,} steps of "
         f"{recipe.batch.sequences} x {recipe.batch.length}, {state.num_processes} process(es), "
         f"{accelerator.mixed_precision} autocast on {accelerator.device}"
     )
-    module, optimizer = accelerator.prepare(objective, optimizer)
     return Run(
         recipe=recipe,
         directory=directory,
-        accelerator=accelerator,
-        objective=objective,
-        module=module,
-        optimizer=optimizer,
+        engine=new_engine(accelerator, objective, optimizer),
         data=data,
-        training_rows=objective.rows(training, "train"),
-        heldout_rows=objective.rows(heldout, "heldout"),
+        training_rows=objective.rows(data.training, "train"),
+        heldout_rows=objective.rows(data.heldout, "heldout"),
         log=log,
-    )
-
-
-def new_accelerator(recipe: Recipe[Any], ranks: int) -> Accelerator:
-    """The engine's front, in the precision and with the accumulation of the recipe."""
-    # accelerate keeps the first Accelerator's precision for the whole process; a second run may want another.
-    AcceleratorState._reset_state()
-    sequences = recipe.batch.sequences
-    micro_batches = cut_for_rank(sequences, recipe.batch.micro or sequences, rank=0, world=ranks)
-    return Accelerator(
-        mixed_precision=mixed_precision(recipe.model), gradient_accumulation_steps=len(micro_batches)
     )

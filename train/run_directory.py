@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "evaluate",
     "batch.micro",
+    "data.cache_dir",
     "model.activation_checkpointing",
 )
 
@@ -123,7 +124,7 @@ def write_run_file(
     *,
     suggestion: dict[str, Any],
     heldout: dict[str, float],
-    progress: dict[str, float],
+    progress: dict[str, Any],
 ) -> None:
     """run.json, the handoff to evaluation: `python -m eval benchmark --run DIR` needs nothing else."""
     export = directory / EXPORT_NAME

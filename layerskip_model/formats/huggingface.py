@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     CONFIG_MAPPING,
@@ -19,8 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging as transformers_logging
 
+from layerskip_model.backbone import has_values
 from layerskip_model.errors import UserError
 
 DTYPES = {
@@ -87,8 +90,9 @@ def has_plain_weights(model: PreTrainedModel) -> bool:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint. Raises UserError where there is none."""
-    _require_checkpoint(name_or_path)
+    """The tokenizer of a checkpoint, or of a directory with nothing else. Raises UserError if there is none."""
+    if not (Path(name_or_path) / "tokenizer_config.json").is_file():
+        _require_checkpoint(name_or_path)
     try:
         return AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # the tokenizer backends raise whatever their parser raises
@@ -96,11 +100,27 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise _cannot_load(name_or_path, fix, error) from error
 
 
+def begin_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that a text begins after: bos where the tokenizer puts it before texts by itself, else eos.
+
+    Raises UserError where there is neither.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][:1] == [bos]:
+        return bos
+    if eos is None and bos is None:
+        raise UserError(
+            "the tokenizer has no bos_token and no eos_token for a text to begin after; give it one"
+        )
+    return eos if eos is not None else bos
+
+
 def new_model(config: dict[str, Any], *, attn_implementation: str | None = None) -> PreTrainedModel:
     """A model with random weights (drawn from torch's generator) in float32, from a config with `model_type`.
 
-    Raises UserError for an unknown model type, for keys that this type does not have, and for sizes that make no
-    model that runs.
+    Under DeepSpeed's ZeRO-3 it is born split over the ranks, and its weights are drawn in another order; where FSDP
+    sends one process's weights to the others, these have none yet (the meta device). Raises UserError for an
+    unknown model type, for keys that this type does not have, and for sizes that make no model that runs.
     """
     settings = dict(config)
     kind = str(settings.pop("model_type", ""))
@@ -111,16 +131,24 @@ def new_model(config: dict[str, Any], *, attn_implementation: str | None = None)
         )
     _require_known_keys(settings, kind)
     try:
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **settings), dtype=torch.float32, **_attention(attn_implementation)
-        )
+        with init_empty_weights(include_buffers=False) if is_sent_weights() else nullcontext():
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(kind, **settings), dtype=torch.float32, **_attention(attn_implementation)
+            )
         if model.config.get_text_config().num_hidden_layers < 1:
             raise ValueError("num_hidden_layers is less than 1")
-        with torch.no_grad():  # some impossible sizes show only here
-            model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+        if has_values(model):
+            with torch.no_grad():  # some impossible sizes show only here
+                model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     except Exception as error:  # whatever the model makes of impossible sizes
         raise UserError(f"model.config: no '{kind}' model can be made of it: {one_line(error)}") from error
     return model.train()
+
+
+def is_sent_weights() -> bool:
+    """Whether this process loads no weights because FSDP will send it those of another one (accelerate's
+    fsdp_cpu_ram_efficient_loading)."""
+    return is_fsdp_enabled() and not is_local_dist_rank_0()
 
 
 def one_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.exits import heldout_texts, measure_exits, window_length
+from eval.exits import Answer, heldout_texts, measure_exits, window_length
 from eval.target import Target
 from layerskip_model.errors import UserError
 
@@ -100,7 +100,25 @@ def test_rows_of_one_document_are_joined_in_order(tmp_path: Path) -> None:
 def test_the_held_out_file_of_a_run_is_its_documents(finished_run: Path) -> None:
     texts = heldout_texts(finished_run / "heldout.jsonl")
     originals = sorted(path.read_text("utf-8") for path in finished_run.parent.glob("heldout-*.txt"))
-    assert sorted(texts) == originals
+    assert sorted(map(str, texts)) == originals
+
+
+def test_of_an_answer_only_the_response_is_measured(tiny_target: Target) -> None:
+    """The same numbers as from the model's logits after the prompt's own tokens."""
+    answer = Answer("def f(x):\n", "    return x", special_tokens=True)
+    tokenizer = tiny_target.tokenizer
+    prompt = tokenizer(answer.prompt)["input_ids"]
+    response = tokenizer(answer.response, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = tiny_target.model(input_ids=torch.tensor([prompt + response])).logits[
+            0, len(prompt) - 1 : -1
+        ]
+    nats = torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum")
+    for length in (len(prompt + response) + 3, len(prompt + response) - 1):
+        last = measure_exits(tiny_target.model, tokenizer, [answer], length)[-1]
+        assert last.tokens == len(response)
+        assert last.cross_entropy * last.tokens == pytest.approx(float(nats), rel=1e-5)
+        assert last.bits_per_byte == pytest.approx(float(nats) / math.log(2) / len(answer.response), rel=1e-5)
 
 
 def test_a_file_without_text_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers.models.opt import OPTConfig
 from layerskip_model.backbone import Backbone, model_device
 from layerskip_model.early_exit import EarlyExitModel, ExitLoss
 from layerskip_model.errors import UserError
-from layerskip_model.token_loss import HeadMap
+from layerskip_model.head_map import HeadMap
 from tests.tiny_models import CONFIGS, tiny_model
 
 TOLERANCE = 1e-5  # norms of float64 models compute in float32

@@ -93,6 +93,57 @@ def test_nothing_counts_where_all_labels_are_ignored() -> None:
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_documents_of_a_row_do_not_see_each_other(kind: str, attention: str) -> None:
+    """With layer dropout, and sliding windows: a row of two documents is the two documents in rows of their own."""
+    if kind == "gemma2" and attention == "sdpa":
+        pytest.skip("transformers has no sdpa for attention soft caps")
+    model = tiny_model(kind, attention=attention)
+    module = EarlyExitModel(model, exit_loss(), half_dropped()).train()
+    inputs, labels = batch(rows=6, length=14, ignored=False)
+    cuts = [5, 14, 7, 1, 9, 6]
+    positions = torch.stack([torch.cat([torch.arange(cut), torch.arange(14 - cut)]) for cut in cuts])
+    together = module(inputs, labels, range(6), 6, position_ids=positions)
+    together.weighted_sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    total = torch.zeros((), dtype=torch.float64)
+    for row, cut in enumerate(cuts):
+        for part in (slice(0, cut), slice(cut, 14)):
+            if part.start < 14:
+                loss = module(
+                    inputs[row : row + 1, part], labels[row : row + 1, part], [row], 6
+                ).weighted_sum()
+                loss.backward()
+                total += loss.detach()
+    torch.testing.assert_close(together.weighted_sum().detach(), total, rtol=TOLERANCE, atol=0)
+    alone = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    torch.testing.assert_close(gradients, alone, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_norms_of_early_exits_keep_only_their_inputs_for_the_backward_pass() -> None:
+    """A norm by itself saves several times its input, for each exit."""
+    model = tiny_model(dtype=torch.float32)
+    inputs, labels = batch(ignored=False)
+
+    def saved(exits: list[int]) -> int:
+        numel = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal numel
+            numel += tensor.numel()
+            return tensor
+
+        module = EarlyExitModel(model, exit_loss(exits=exits, weights="uniform"), None).train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(inputs, labels, range(6), 0)
+        module.backbone.release_layers()
+        return numel
+
+    assert saved([1, 2, 3]) - saved([]) == 3 * inputs.numel() * model.config.hidden_size
+
+
 def test_evaluation_measures_every_exit_without_dropping() -> None:
     model = tiny_model()
     module = EarlyExitModel(model, exit_loss(exits=[2]), half_dropped(p_max=0.9)).eval()

@@ -66,6 +66,7 @@ def test_prompts_in_every_accepted_form(tmp_path: Path) -> None:
         {"turns": ["p3", "second"], "reference": ["r3", "r"], "category": "c", "question_id": 1},
         {"prompt": "p4", "reference": "r4"},
         {"turns": ["p5"], "reference": []},
+        {"prompt": "<s>p6", "special_tokens": False},
     ]
     write_rows(path, rows)
     assert read_prompts(path) == [
@@ -74,6 +75,7 @@ def test_prompts_in_every_accepted_form(tmp_path: Path) -> None:
         PromptRow("p3", "r3", "c", 3),
         PromptRow("p4", "r4", "mine", 4),
         PromptRow("p5", None, "mine", 5),
+        PromptRow("<s>p6", None, "mine", 6, special_tokens=False),
     ]
 
 
@@ -90,6 +92,7 @@ def test_prompts_in_every_accepted_form(tmp_path: Path) -> None:
         ({"prompt": "x", "response": 1}, "response is 1"),
         ({"prompt": "x", "reference": [1]}, "'reference' is"),
         ({"prompt": "x", "source": 1}, "source is 1"),
+        ({"prompt": "x", "special_tokens": "no"}, "'special_tokens' is 'no'"),
     ],
 )
 def test_a_bad_prompt_row_is_named(tmp_path: Path, row: dict[str, object], reason: str) -> None:

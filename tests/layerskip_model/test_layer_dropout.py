@@ -1,4 +1,4 @@
-"""Layer dropout against the equations and against a loop over single samples."""
+"""The rates and decisions of layer dropout against the equations."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from layerskip_model.layer_dropout import SHAPES, LayerDropout, layer_slice, run_kept_rows, uniform_hash
+from layerskip_model.layer_dropout import SHAPES, LayerDropout, layer_slice, uniform_hash
 
 
 def dropout(**changes: object) -> LayerDropout:
@@ -53,6 +52,7 @@ def test_rates_are_the_papers(from_scratch: bool) -> None:
         ("log", math.log2(1.5)),
         ("sine", math.sin(math.pi / 4)),
         ("sigmoid", 0.5),
+        ("saturating", 1 - math.exp(-50)),
         ("constant", 1.0),
     ],
 )
@@ -66,7 +66,7 @@ def test_shapes_by_name_over_depth_and_over_time(shape: str, middle: float) -> N
 
 
 def test_every_shape_has_a_twin_above_and_stays_a_rate() -> None:
-    assert set(SHAPES) == {"exp", "linear", "log", "sine", "sigmoid", "constant"}
+    assert set(SHAPES) == {"exp", "linear", "log", "sine", "sigmoid", "saturating", "constant"}
     for shape in SHAPES:
         rates = dropout(over_depth=shape, over_time=shape, p_max=0.99, num_layers=30).rates(49)
         assert all(0.0 <= rate <= 0.99 + 1e-12 for rate in rates)
@@ -177,93 +177,3 @@ def test_draws_of_neighbours_are_uncorrelated(neighbour: str) -> None:
     assert abs(np.corrcoef(x, y)[0, 1]) < 4.5 / math.sqrt(len(x))
     both = ((x < 0.2) & (y < 0.2)).mean()
     assert both == pytest.approx(0.04, abs=4.5 * math.sqrt(0.04 * 0.96 / len(x)))
-
-
-# --- the skip ----------------------------------------------------------------------------------------------
-
-
-def mixing_layer(
-    hidden: Tensor, mask: Tensor, *, position_embeddings: tuple[Tensor, Tensor], extra: dict[str, Tensor]
-) -> Tensor:
-    """A layer that mixes the tokens of a sample by its mask and adds its positions; residual included."""
-    cos, sin = position_embeddings
-    return hidden + torch.tanh(mask[:, 0] @ hidden * cos + sin) * extra["shared"]
-
-
-def naive(keep: np.ndarray, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, extra: Tensor) -> Tensor:
-    rows = []
-    for row in range(len(hidden)):
-        if keep[row]:
-            own = [part[row : row + 1] if len(part) == len(hidden) else part for part in (mask, cos, sin)]
-            x = hidden[row : row + 1]
-            rows.append(
-                mixing_layer(x, own[0], position_embeddings=(own[1], own[2]), extra={"shared": extra})
-            )
-        else:
-            rows.append(hidden[row : row + 1])
-    return torch.cat(rows)
-
-
-@pytest.mark.parametrize("batch_positions", [1, 4])
-@pytest.mark.parametrize("kept", ["1111", "1011", "0100", "0000"])
-def test_run_kept_rows_equals_a_loop_over_samples(kept: str, batch_positions: int) -> None:
-    keep = np.array([letter == "1" for letter in kept])
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    mask = random(4, 1, 5, 5)
-    cos, sin = random(batch_positions, 5, 3), random(batch_positions, 5, 3)
-    values = random(4, 5, 3)
-    shared = random(5, 3)
-    results = []
-    for run in (0, 1):
-        hidden, extra = values.clone().requires_grad_(), shared.clone().requires_grad_()
-        if run:
-            output = naive(keep, hidden, mask, cos, sin, extra)
-        else:
-            output = run_kept_rows(
-                mixing_layer,
-                keep,
-                hidden,
-                mask,
-                position_embeddings=(cos, sin),
-                extra={"shared": extra},
-            )
-        weights = torch.arange(60, dtype=torch.float64).view(4, 5, 3)
-        gradients = torch.autograd.grad((output * weights).sum(), (hidden, extra), allow_unused=True)
-        results.append((output, *gradients))
-    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=0, atol=1e-13)
-    assert torch.equal(results[0][0][~keep], values[~keep])  # bit by bit, and not rescaled
-    if keep.any():
-        torch.testing.assert_close(results[0][2], results[1][2])
-    else:
-        assert torch.equal(results[0][2], torch.zeros_like(shared))  # in the graph, with zeros
-
-
-def test_only_kept_rows_reach_the_layer_and_one_if_none_is_kept() -> None:
-    seen = []
-
-    def layer(hidden: Tensor) -> Tensor:
-        seen.append(hidden[:, 0, 0].tolist())
-        return hidden * 3
-
-    hidden = torch.arange(4.0).view(4, 1, 1)
-    for kept in ([1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]):
-        keep = np.array(kept, dtype=bool)
-        output = run_kept_rows(layer, keep, hidden)[:, 0, 0]
-        expected = np.arange(4.0) * np.where(keep, 3, 1)
-        assert output.tolist() == expected.tolist()
-    assert seen == [[0.0, 1.0, 2.0, 3.0], [1.0, 3.0], [0.0]]
-
-
-def test_a_layer_in_another_dtype_gives_back_the_dtype_of_the_stream() -> None:
-    output = run_kept_rows(lambda x: x.bfloat16() * 2, np.array([True, False]), torch.ones(2, 1, 1))
-    assert output.dtype == torch.float32
-    assert output.flatten().tolist() == [2.0, 1.0]
-
-
-def test_decisions_for_another_batch_are_a_mistake() -> None:
-    with pytest.raises(ValueError, match="3 decisions"):
-        run_kept_rows(lambda x: x, np.ones(3, dtype=bool), torch.ones(2, 1, 1))

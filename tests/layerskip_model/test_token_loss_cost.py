@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layerskip_model import token_loss
+from layerskip_model import head_map
+from layerskip_model.head_map import HeadMap
 from layerskip_model.token_loss import (
     IGNORE_INDEX,
-    HeadMap,
     cross_entropy_sum,
     kl_divergence_sum,
     predictions,
     soft_cross_entropy_sum,
+    weighted_cross_entropy,
 )
 from tests.layerskip_model.test_token_loss import (
     HIDDEN,
@@ -36,7 +38,7 @@ ROWS = 16  # of a chunk
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(token_loss, "CPU_CHUNK_BYTES", 4 * VOCAB * ROWS)
+    monkeypatch.setattr(head_map, "CPU_CHUNK_BYTES", 4 * VOCAB * ROWS)
 
 
 class Watch(TorchDispatchMode):
@@ -47,11 +49,13 @@ class Watch(TorchDispatchMode):
         self.largest = 0
         self.products = 0
         self.product_dtypes: set[torch.dtype] = set()
+        self.on_made: Callable[[Tensor], object] = lambda tensor: None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             self.largest = max(self.largest, tensor.numel())
+            self.on_made(tensor)
             if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
                 self.products += 1
                 self.product_dtypes.add(tensor.dtype)
@@ -98,15 +102,53 @@ def test_frozen_inputs_cost_no_gradient() -> None:
     assert products(True, True) == 3 * forward
 
 
-def test_backward_needs_no_weight_and_may_run_twice() -> None:
+def test_backward_needs_no_weight_and_runs_once() -> None:
     """A sharding engine takes the gathered weight away after the forward."""
     hidden, labels, head = make_hidden(), make_labels(), make_head()
     expected = torch.autograd.grad(naive_hard(hidden, labels, head), (hidden, head.weight))
     loss = cross_entropy_sum(hidden, labels, head)
     head.weight.data.fill_(math.nan)
-    for retain_graph in (True, False):
-        actual = torch.autograd.grad(loss, (hidden, head.weight), retain_graph=retain_graph)
-        torch.testing.assert_close(actual, expected)
+    actual = torch.autograd.grad(loss, (hidden, head.weight), retain_graph=True)
+    torch.testing.assert_close(actual, expected)
+    with pytest.raises(RuntimeError, match="went backward before"):
+        torch.autograd.grad(loss, (hidden, head.weight))
+
+
+@pytest.mark.parametrize("trained_head", [True, False])
+def test_states_of_one_head_share_one_gradient_that_backward_does_not_copy(trained_head: bool) -> None:
+    states = [make_hidden(dtype=torch.float32) for _ in range(3)]
+    weight = torch.randn(1 << 12, HIDDEN, requires_grad=trained_head)
+    places: set[int] = set()  # of everything of its size; a copy of what lives is at another one
+
+    def note(tensor: Tensor) -> None:
+        if tensor.numel() == weight.numel():
+            places.add(tensor.untyped_storage().data_ptr())
+
+    with Watch() as watch:
+        watch.on_made = note
+        loss, _ = weighted_cross_entropy(states, [0.5, 0.3, 0.2], make_labels(), HeadMap(weight))
+        loss.backward()
+    assert len(places - {weight.data_ptr()}) == int(trained_head)
+    assert (weight.grad is not None) == trained_head
+    if weight.grad is not None:
+        assert weight.grad.data_ptr() in places
+    assert all(state.grad is not None for state in states)
+
+
+def test_only_one_state_at_a_time_is_held() -> None:
+    alive: list[int] = []
+    made: list[weakref.ref[Tensor]] = []
+
+    def states() -> Iterator[Tensor]:
+        for _ in range(4):
+            alive.append(sum(reference() is not None for reference in made))
+            state = make_hidden() * 1.0
+            made.append(weakref.ref(state))
+            yield state
+            del state
+
+    weighted_cross_entropy(states(), [0.25] * 4, make_labels(), make_head())
+    assert alive == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("loss_name", ["hard", "kl"])

@@ -7,9 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.exits import Answer, heldout_texts
+from eval.target import Target
+from layerskip_model.chat import ChatTemplate
 from layerskip_model.jsonl import read_prompts, read_rows
+from tests.chats import PLAIN, byte_tokenizer, talk
+from train.data.encoding import ConversationEncoder, PairEncoder
+from train.data.examples import Conversation, Document, Pair, Tolerance
 from train.data.heldout import tile, write_heldout
-from train.data.sources import Document
 
 TEXT = "".join(f"line {i}: " + "é" * (i * 7 % 40) + "\n" for i in range(400))
 
@@ -72,6 +77,44 @@ def test_rows_name_their_documents_and_are_prompts(tmp_path: Path) -> None:
     for document in documents:
         joined = "".join(row["prompt"] + row["response"] for row in rows if row["document"] == document.name)
         assert joined == document.text
+
+
+def test_examples_are_one_row_each_and_say_whose_special_tokens_they_have(tmp_path: Path) -> None:
+    path = tmp_path / "heldout.jsonl"
+    tokenizer = byte_tokenizer(template=PLAIN, begins=True)
+    chat = ChatTemplate.load(tokenizer)
+    refused = [{"role": "robot", "content": "hi"}, *talk("hi", "yo")]
+    documents = [
+        Pair("a", "one?\n", "yes"),
+        Conversation("b", talk("hi", "yo", "so?", "no", "bye")),
+        Conversation("c", refused),
+    ]
+    assert write_heldout(documents, path, chat=chat) == 2
+    prompt = "<s>USER: hi ASSISTANT: yo</s>USER: so? ASSISTANT:"
+    assert [row for _, row in read_rows(path)] == [
+        {"prompt": "one?\n", "response": "yes", "document": "a", "special_tokens": True},
+        {"prompt": prompt, "response": "no", "document": "b", "special_tokens": False},
+    ]
+    assert [row.special_tokens for row in read_prompts(path)] == [True, False]
+    pair, answer = heldout_texts(path)
+    assert pair == Answer("one?\n", "yes", True)
+    assert answer == Answer(prompt, "no", False)
+
+
+def test_the_evaluator_gives_the_model_the_ids_that_it_was_trained_on(tmp_path: Path) -> None:
+    path = tmp_path / "heldout.jsonl"
+    tokenizer = byte_tokenizer(("a", "b"), template=PLAIN, begins=True)
+    documents = [Pair("a", "aa", "b"), Conversation("b", talk("hi", "yo", "so?", "no"))]
+    write_heldout(documents, path, chat=ChatTemplate.load(tokenizer))
+    trained = [*PairEncoder(tokenizer)(documents[:1])]
+    trained += ConversationEncoder(ChatTemplate.load(tokenizer), Tolerance())(documents[1:])
+    target = Target("", None, tokenizer, None)  # type: ignore[arg-type]
+    for row, encoded in zip(read_prompts(path), trained, strict=True):
+        ids = target.encode_row(row)
+        assert encoded.ids[: len(ids)] == ids
+        assert encoded.counted is not None
+        assert all(encoded.counted[len(ids) :])
+        assert not encoded.counted[len(ids) - 1]
 
 
 def test_the_limit_takes_whole_documents_evenly_spaced(tmp_path: Path) -> None:

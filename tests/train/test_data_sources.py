@@ -9,7 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from layerskip_model.errors import UserError
-from train.data.sources import DataConfig, Document, JsonlSource, StdlibSource, TextSource, split_documents
+from tests.train.small_recipe import small_values
+from train.config import parse_recipe
+from train.data.examples import Document, Tolerance
+from train.data.local import JsonlSource, StdlibSource, TextSource
+from train.data.sources import DataConfig, DocumentSet, heldout_limit, split_documents
 
 
 def config(train: list[dict[str, Any]], heldout: Any = 0.05) -> DataConfig:
@@ -114,6 +118,11 @@ def write_texts(folder: Path, texts: list[str]) -> None:
     (folder / "a.jsonl").write_text("\n".join(rows))
 
 
+def split(section: DataConfig) -> tuple[DocumentSet, DocumentSet]:
+    tolerance = Tolerance(section.skip_malformed)
+    return split_documents(section, heldout_limit(section, tolerance), tolerance)
+
+
 def test_fraction_splits_every_document_to_one_side_whatever_the_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,28 +130,93 @@ def test_fraction_splits_every_document_to_one_side_whatever_the_order(
     for i in range(400):
         (tmp_path / f"{i:03}.txt").write_text(f"text {i}")
     low, high = {"kind": "text", "files": ["[01]*.txt"]}, {"kind": "text", "files": ["[23]*.txt"]}
-    training, heldout = (list(part) for part in split_documents(config([low, high], 0.1)))
+    training, heldout = (list(part) for part in split(config([low, high], 0.1)))
     assert sorted(d.name for d in training + heldout) == [f"{i:03}.txt" for i in range(400)]
     assert 20 <= len(heldout) <= 60  # 40 expected, standard deviation 6
-    backwards = [set(part) for part in split_documents(config([high, low], 0.1))]
+    backwards = [set(part) for part in split(config([high, low], 0.1))]
     assert backwards == [set(training), set(heldout)]
 
 
 def test_two_documents_give_one_to_each_side_and_one_is_refused(tmp_path: Path) -> None:
     source = {"kind": "jsonl", "files": [str(tmp_path / "a.jsonl")]}
     write_texts(tmp_path, ["one", "two"])
-    training, heldout = split_documents(config([source], 0.001))
+    training, heldout = split(config([source], 0.001))
     assert len(list(training)) == len(list(heldout)) == 1
     write_texts(tmp_path, ["one"])
     with pytest.raises(UserError, match=r"data.heldout=0.05: no training document is left of 1"):
-        split_documents(config([source]))
+        split(config([source]))
 
 
 def test_heldout_sources_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")
     sources = [{"kind": "text", "files": [str(tmp_path / name)]} for name in ("a.txt", "b.txt")]
-    training, heldout = split_documents(config(sources[:1], sources[1:]))
+    training, heldout = split(config(sources[:1], sources[1:]))
     for part, text in ((training, "a"), (heldout, "b")):
         assert [d.text for d in part] == [text]
         assert [d.text for d in part] == [text]  # it can be read again
+
+
+def test_a_file_that_cannot_be_read_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a")
+
+    def refused(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(
+        UserError, match=r"a\.txt'\]: cannot be read after 0 rows \(.*Permission denied.*mend"
+    ):
+        list(TextSource(kind="text", files=[str(tmp_path / "a.txt")]).documents())
+
+
+FILES = {"kind": "jsonl", "files": ["a.jsonl"]}
+STREAM = FILES | {"streaming": True}
+TALK = FILES | {"conversation": "messages"}
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"train": [FILES | {"weight": 1.0}, FILES]}, "data.train: 1 of 2 sources have a weight"),
+        (
+            {"train": [FILES | {"weight": 0.0}] * 2},
+            r"data.train: the sources' weights \[0.0, 0.0\] sum to zero",
+        ),
+        ({"train": [FILES | {"weight": -1.0}]}, "data.train.0.weight: must be greater than or equal to 0"),
+        (
+            {"train": [FILES, STREAM], "heldout": [FILES]},
+            "data.train: several sources .* need a 'weight' each",
+        ),
+        ({"train": [STREAM]}, "data.heldout: no share can be taken of a stream; give a list"),
+        ({"train": [STREAM], "heldout": [STREAM]}, "data.heldout: a stream needs a 'limit'"),
+        ({"train": [FILES], "heldout": [FILES | {"weight": 1.0}]}, "data.heldout: held-out .* no weight"),
+        (
+            {"train": [FILES], "chat_template": "a.jinja"},
+            "data.chat_template: no source has a 'conversation'",
+        ),
+        (
+            {"train": [TALK | {"field": "text"}]},
+            r"data.train.0.field: give one of 'field', .* not \['field', ",
+        ),
+        ({"train": [FILES | {"pair": {"prompt": "a"}}]}, "data.train.0.pair.response: missing"),
+        ({"train": [FILES | {"kind": "csv"}]}, "data.train.0.kind: 'csv' is not valid"),
+        ({"train": [FILES | {"skip": -1}]}, "data.train.0.skip: must be greater than or equal to 0"),
+        ({"train": [{"kind": "topv2"}]}, "data.train.0.files: give exactly one of 'files' and 'name'"),
+        ({"train": [FILES | {"kind": "topv2", "split": "test"}]}, "data.train.0.split: belongs to 'name'"),
+        ({"train": [FILES], "skip_malformed": -1}, "data.skip_malformed: must be greater"),
+    ],
+)
+def test_what_does_not_go_together_is_named(section: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        parse_recipe(small_values(data=section))
+
+
+def test_what_goes_together() -> None:
+    weighed = FILES | {"weight": 2}
+    for section in (
+        {"train": [weighed, STREAM | {"weight": 0.5}], "heldout": [STREAM | {"limit": 5}]},
+        {"train": [STREAM | {"skip": 5}], "heldout": [STREAM | {"limit": 5}]},
+        {"train": [TALK, FILES], "chat_template": "a.jinja"},
+    ):
+        assert DataConfig.model_validate(section).heldout_sources or section["train"] == [TALK, FILES]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from layerskip_model.processes import PATIENCE
 from tests.train.tiny_runs import (
@@ -21,7 +22,7 @@ from tests.train.tiny_runs import (
 )
 from tests.train.toy_heads import ToyHeads
 from train import parse_recipe, train
-from train.checkpoint import list_checkpoints, load_file
+from train.checkpoint import list_checkpoints
 from train.objectives import OBJECTIVES
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from layerskip_model.errors import UserError
-from train import log as module
 from train.config import LogConfig
-from train.log import RunLog, StepProgress
+from train.log import RunLog
 
 
 def make(directory: Path, *, active: bool = True, **config: Any) -> RunLog:
@@ -36,8 +35,7 @@ def test_other_processes_write_and_say_nothing(tmp_path: Path, capsys: pytest.Ca
     log.write(1, {"loss": 2.0})
     log.forget_after(0)
     log.say("hello")
-    with StepProgress(log, 0, 1) as progress:
-        progress.advance(1, 10, 1.0)
+    log.say_once("hello")
     log.close()
     assert list(tmp_path.iterdir()) == []
     captured = capsys.readouterr()
@@ -71,6 +69,20 @@ def test_half_a_line_of_a_killed_process_is_dropped(tmp_path: Path, cut: int) ->
     assert [row["step"] for row in rows(tmp_path)] == ([1, 2, 3] if cut == 1 else [1, 3])
 
 
+def test_nothing_to_tell_is_no_line(tmp_path: Path) -> None:
+    make(tmp_path).write(1, {})
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_what_has_been_said_once_is_not_said_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = make(tmp_path)
+    for text in ("a", "b", "a"):
+        log.say_once(text)
+    assert capsys.readouterr().err == "a\nb\n"
+
+
 def test_text_is_said_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "runs/[bold]a[/bold] " + "x" * 300
     make(tmp_path).say(text)
@@ -79,77 +91,59 @@ def test_text_is_said_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert captured.err == text + "\n"
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-def test_without_a_terminal_there_is_a_line_now_and_then(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    with StepProgress(make(tmp_path), start=10, total=20) as progress:
-        for step in range(11, 21):
-            clock.now += 4.0
-            progress.advance(step, 100, None if step == 11 else 2.0)
-            assert progress.tokens_per_second == 25.0
-    lines = capsys.readouterr().err.splitlines()
-    # every third step, as ten seconds have gone by, and the last
-    assert lines == [
-        "step 13/20  loss 2.000  25 tok/s  0:28 left",
-        "step 16/20  loss 2.000  25 tok/s  0:16 left",
-        "step 19/20  loss 2.000  25 tok/s  0:04 left",
-        "step 20/20  loss 2.000  25 tok/s  0:00 left",
-    ]
-
-
-def test_on_a_terminal_there_is_a_bar(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    with StepProgress(make(tmp_path), start=0, total=4) as progress:
-        progress.advance(1, 100, 2.5)
-    shown = capsys.readouterr().err
-    assert "1/4" in shown
-    assert "loss 2.500" in shown
-    assert "tok/s" in shown
-    assert "step 1/4" not in shown
-
-
 # --- wandb
 
 
+class FakeWandb:
+    """Stands for the package; `calls` is what it was told."""
+
+    class errors:  # noqa: N801 (the package's name)
+        Error = RuntimeError
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def init(self, **settings: Any) -> FakeWandb:
+        self.calls.append(settings)
+        return self
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.calls.append((step, metrics))
+
+    def finish(self) -> None:
+        self.calls.append("finished")
+
+
 def test_wandb_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-
-    class Run:
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            calls.append((step, metrics))
-
-        def finish(self) -> None:
-            calls.append("finished")
-
-    class Fake:
-        class errors:  # noqa: N801 (the package's name)
-            Error = RuntimeError
-
-        @staticmethod
-        def init(**settings: Any) -> Run:
-            calls.append(settings)
-            return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", Fake)
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     log = make(tmp_path, wandb={"project": "p", "name": "n", "mode": "offline"})
     log.write(3, {"loss": 1.0})
     log.close()
     settings = {"project": "p", "name": "n", "mode": "offline", "dir": str(tmp_path), "config": {"seed": 0}}
-    assert calls == [settings, (3, {"loss": 1.0}), "finished"]
+    began = {"id": (tmp_path / "wandb" / "run-id").read_text(), "resume": "allow"}
+    assert fake.calls == [settings | began, (3, {"loss": 1.0}), "finished"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run_and_tells_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = make(tmp_path, wandb={"project": "p"})
+    for step in (1, 2, 3):
+        log.write(step, {"loss": float(step)})
+    log = make(tmp_path, wandb={"project": "p"})  # another process, from the checkpoint after step 1
+    log.forget_after(1)
+    for step in (2, 3, 4):
+        log.write(step, {"loss": float(step)})
+        log.write(step, {"heldout/loss": 0.5})  # the first process did not come so far
+    inits = [call for call in fake.calls if isinstance(call, dict)]
+    assert inits[0]["id"] == inits[1]["id"]
+    told = [call for call in fake.calls if isinstance(call, tuple)]
+    assert [step for step, metrics in told if "loss" in metrics] == [1, 2, 3, 4]
+    assert [step for step, metrics in told if "heldout/loss" in metrics] == [2, 3, 4]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 2, 3, 3, 4, 4]
 
 
 def test_wandb_that_is_missing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +163,8 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str)
     log = make(tmp_path, wandb={"project": "p"} | ({"mode": "offline"} if by == "recipe" else {}))
     log.write(1, {"loss": 1.0})
     log.close()
-    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    written = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [path.stem for path in written] == ["run-" + (tmp_path / "wandb" / "run-id").read_text()]
     assert rows(tmp_path) == [{"step": 1, "loss": 1.0}]
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -28,8 +29,11 @@ from tests.train.tiny_runs import (
     write_text,
 )
 from train import UserError, loop, parse_recipe, train
-from train.checkpoint import list_checkpoints, load_file
-from train.data.packing import PackedDataset, PackedTokens, Rows, StepBatches
+from train.checkpoint import list_checkpoints
+from train.data.batches import StepBatches
+from train.data.mixing import EpochOrder
+from train.data.packing import Rows, WindowRows
+from train.data.tokens import PackedTokens
 from train.objectives import OBJECTIVES
 from train.objectives.layerskip import LayerSkip
 
@@ -127,8 +131,10 @@ def test_one_division_over_the_global_batch(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export").train()
     model.load_state_dict(MaskedLayerSkip.initial)
     rows = MaskedRows(training_rows(tmp_path / "run"))
-    batch = next(iter(StepBatches(rows, 8, 8, seed=0, start=0, stop=1)))[0]
-    logits = model(batch["input_ids"]).logits.flatten(0, 1)  # [tokens, vocab]
+    batch = next(iter(StepBatches(rows, EpochOrder(len(rows), 0), 8, 8, start=0, stop=1)))[0]
+    logits = model(batch["input_ids"], position_ids=batch["position_ids"]).logits.flatten(
+        0, 1
+    )  # [tokens, vocab]
     loss = functional.cross_entropy(logits, batch["labels"].flatten(), ignore_index=-100)
     loss.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
@@ -142,23 +148,41 @@ def test_one_division_over_the_global_batch(
     assert means.mean().item() != pytest.approx(loss.item(), rel=1e-3)  # what a division per row would give
 
 
-def training_rows(run: Path) -> PackedDataset:
-    return PackedDataset(PackedTokens.open(run / "data" / "train.bin"), 16)
+def tokens_of(run: Path, part: str) -> PackedTokens:
+    [directory] = (run / "data").glob(f"{part}-*")
+    return PackedTokens.open(directory)
+
+
+def training_rows(run: Path) -> WindowRows:
+    return WindowRows(tokens_of(run, "train"), 16, separate=True)
+
+
+def positions_in(window: torch.Tensor) -> torch.Tensor:
+    """From 0 at the window's begin and at each end of text, which begins a document."""
+    positions: list[int] = []
+    for token in window.tolist():
+        positions.append(positions[-1] + 1 if positions and token != 0 else 0)
+    return torch.tensor(positions)
 
 
 def naive_exits(run: Path, limit: int | None) -> dict[str, float]:
     """Held-out metrics from full logits of the exported model's own forward, in float64."""
     model = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float64)
-    packed = PackedTokens.open(run / "data" / "heldout.bin")
-    stream = torch.from_numpy(packed.array().astype("int64"))  # [tokens]
+    packed = tokens_of(run, "heldout")
+    stream = torch.from_numpy(packed.ids().astype("int64"))  # [tokens]
     windows = [stream[i : i + 17] for i in range(0, len(stream) - 1, 16)]
     number = min(limit or len(windows), len(windows))
     windows = [windows[i * len(windows) // number] for i in range(number)]
     sums: dict[str, float] = {}
+    runs: dict[str, list[int]] = {}
     tokens = 0
     for window in windows:
+        positions = positions_in(window[:-1])
         with torch.no_grad():
-            output = model(window[None, :-1], output_hidden_states=True)
+            # With a cache transformers would not look for documents in the positions.
+            output = model(
+                window[None, :-1], position_ids=positions[None], output_hidden_states=True, use_cache=False
+            )
         tokens += len(window) - 1
         last = output.logits[0].argmax(-1)
         for exit_layer, hidden in enumerate(output.hidden_states[1:], start=1):
@@ -171,10 +195,22 @@ def naive_exits(run: Path, limit: int | None) -> dict[str, float]:
             ):
                 key = f"heldout/exit_{exit_layer}/{name}"
                 sums[key] = sums.get(key, 0.0) + float(value.detach())
+            if exit_layer < 4:
+                for drafts in (2, 4, 8):
+                    key = f"heldout/exit_{exit_layer}/accepted_{drafts}"
+                    agreed = (logits.argmax(-1) == last).tolist()
+                    runs.setdefault(key, []).extend(naive_runs(agreed, positions.tolist(), drafts))
     means = {name: total / tokens for name, total in sums.items()}
+    means |= {name: sum(lengths) / len(lengths) for name, lengths in runs.items()}
     means["heldout/loss"] = means["heldout/exit_4/loss"]
     bits = means["heldout/loss"] * (packed.tokens - 1) / math.log(2.0)
     return means | {"heldout/bits_per_byte": bits / packed.bytes}
+
+
+def naive_runs(agreed: list[bool], positions: list[int], drafts: int) -> list[int]:
+    """Wherever `drafts` tokens of one document follow: how many of them agree before the first that does not."""
+    starts = [i for i in range(len(agreed) - drafts + 1) if 0 not in positions[i + 1 : i + drafts]]
+    return [[*agreed[i : i + drafts], False].index(False) for i in starts]
 
 
 @pytest.mark.parametrize("limit", [None, 5])
@@ -189,7 +225,7 @@ def test_held_out_metrics_equal_a_naive_computation(
     assert logged[0] == pytest.approx(naive_exits(run, limit), rel=1e-5)
     documents = (run / "heldout.jsonl").read_text().splitlines()
     held_out = "".join(row["prompt"] + row["response"] for row in map(json.loads, documents))
-    assert len(held_out.encode()) == PackedTokens.open(run / "data" / "heldout.bin").bytes
+    assert len(held_out.encode()) == tokens_of(run, "heldout").bytes
 
 
 def test_the_final_evaluation_is_done_once(
@@ -222,7 +258,7 @@ def test_run_json_comes_last(text: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "run.json" not in present
     told = json.loads((run / "run.json").read_text())
     assert told["suggested"]["strategy"] == "self_speculative"
-    assert told["training"] == {"steps": 4, "tokens": 4 * 8 * 16}
+    assert told["training"] == {"steps": 4, "tokens": 4 * 8 * 16, "engine": "whole", "processes": 1}
     model = AutoModelForCausalLM.from_pretrained(run / "export")
     assert len(AutoTokenizer.from_pretrained(run / "export")) <= model.config.vocab_size
 

@@ -10,7 +10,14 @@ from transformers import PreTrainedTokenizerFast
 from layerskip_model.errors import UserError
 from tests.tiny_models import tiny_model
 from train.data.tokenizer import train_tokenizer
-from train.model import build_model, check_fits, mixed_precision, outline_model, tokenizer_config
+from train.model import (
+    build_model,
+    check_fits,
+    export_dtype,
+    mixed_precision,
+    outline_model,
+    tokenizer_config,
+)
 from train.model_config import ModelConfig
 
 SIZES = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24}
@@ -193,3 +200,41 @@ def test_autocast_by_the_hardware(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     assert mixed_precision(existing("x")) == expected
+
+
+LORA = {"rank": 2, "targets": ["q_proj", "down_proj"]}
+
+
+def test_adapters_are_the_same_on_every_rank(checkpoint: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    def adapters(seed: int, rank: int = 0) -> dict[str, torch.Tensor]:
+        torch.rand(rank + 1)
+        model = build_model(existing(checkpoint, lora=LORA, dtype="bfloat16"), tokenizer, 32, seed)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    first, second, other = adapters(0), adapters(0, rank=5), adapters(1)
+    assert len(first) == 2 * 2 * 4
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in first.items())
+    assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+
+
+def test_outlines_have_the_adapters_and_dtype_of_the_model(
+    checkpoint: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = existing(checkpoint, lora=LORA, dtype="bfloat16")
+    outline, model = outline_model(config), build_model(config, tokenizer, 32, 0)
+    described = [
+        {name: (p.shape, p.dtype, p.requires_grad) for name, p in each.named_parameters()}
+        for each in (outline, model)
+    ]
+    assert described[0] == described[1]
+    with pytest.raises(UserError, match=r"^model\.lora\.targets: 'wq' is no linear map"):
+        outline_model(existing(checkpoint, lora={"targets": ["wq"]}))
+
+
+def test_the_dtype_of_an_export(checkpoint: str, tmp_path: Path) -> None:
+    assert export_dtype(new()) == export_dtype(existing(checkpoint)) == torch.float32
+    assert export_dtype(existing(checkpoint, export_dtype="bfloat16")) == torch.bfloat16
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert export_dtype(existing(str(tmp_path), dtype="float32")) == torch.bfloat16
+    assert export_dtype(existing(str(tmp_path), export_dtype="float16")) == torch.float16

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.train.tiny_runs import log_lines, recipe_values
 from tests.train.tiny_runs import write_text as write_text_into
 from tests.train.toy_heads import ToyHeads
 from train import Interrupted, Recipe, loop, parse_recipe, train
-from train.checkpoint import list_checkpoints, load_file
+from train.checkpoint import list_checkpoints
 from train.objectives import OBJECTIVES
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 
 from layerskip_model.errors import UserError
 from train.objectives import Objective
-from train.optimizer import MuonWithAdamW, build_optimizer, set_learning_rate
-from train.optimizer_config import AdamWConfig, MuonConfig
+from train.optimizer import TwoOptimizers, build_optimizer, set_learning_rate
+from train.optimizer_config import AdamW8bitConfig, AdamWConfig, MuonConfig
 
 ADAMW = AdamWConfig(kind="adamw", lr=0.01, weight_decay=0.3)
 MUON = MuonConfig(kind="muon", lr=0.05, adamw_lr=0.02, weight_decay=0.2, momentum=0.8)
@@ -97,7 +99,7 @@ def two_optimizers(objective: Toy) -> list[Any]:
         weight_decay=0.2,
         momentum=0.8,
     )
-    settings = {"betas": (0.9, 0.95), "eps": 1e-8}
+    settings = {"betas": (0.9, 0.95), "eps": 1e-8, "fused": True}
     adamw = torch.optim.AdamW(
         [
             {"params": [p["embed.weight"]], "lr": 0.02, "weight_decay": 0.2},
@@ -139,6 +141,7 @@ def test_adamw_equals_torch_s() -> None:
         ],
         betas=(0.9, 0.95),
         eps=1e-8,
+        fused=True,
     )
     run(ours, [build_optimizer(ADAMW, ours)], range(5))
     run(theirs, [plain], range(5))
@@ -188,7 +191,7 @@ def test_state_of_the_other_kind_or_another_model_is_refused() -> None:
 def test_it_looks_like_one_optimizer() -> None:
     objective = Toy()
     optimizer = build_optimizer(MUON, objective)
-    assert isinstance(optimizer, MuonWithAdamW)
+    assert isinstance(optimizer, TwoOptimizers)
     assert isinstance(optimizer, torch.optim.Optimizer)
     run(objective, [optimizer], range(1))
     assert set(optimizer.state) == set(parameters_by_name(objective).values())
@@ -228,3 +231,71 @@ def test_trainable_parameters_are_float32_masters() -> None:
     objective.head.to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"^head\.weight trains in torch\.bfloat16"):
         build_optimizer(ADAMW, objective)
+
+
+EIGHT = AdamW8bitConfig(kind="adamw_8bit", lr=0.01, weight_decay=0.3)
+
+
+def test_8_bit_is_for_the_layers_matrices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import train.optimizer
+
+    monkeypatch.setattr(train.optimizer, "bitsandbytes", lambda: SimpleNamespace(AdamW8bit=torch.optim.AdamW))
+    objective = Toy()
+    names = {parameter: name for name, parameter in objective.named_parameters()}
+    optimizer = build_optimizer(EIGHT, objective)
+    assert isinstance(optimizer, TwoOptimizers)
+    eight, rest = (
+        {names[p]: group["weight_decay"] for group in part.param_groups for p in group["params"]}
+        for part in optimizer.parts
+    )
+    assert eight == dict.fromkeys(MATRICES, 0.3)
+    assert set(rest) == set(parameters_by_name(objective)) - set(MATRICES)
+    assert {name for name, decay in rest.items() if decay} == {"embed.weight", "head.weight"}
+    assert {group["full_lr"] for group in optimizer.param_groups} == {0.01, 0.03}
+
+
+def test_8_bit_without_its_package_or_on_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(
+        UserError, match=r"^optimizer\.kind: 'adamw_8bit' needs the bitsandbytes package; pip"
+    ):
+        build_optimizer(EIGHT, Toy())
+    PartialState(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(UserError, match=r"^optimizer\.kind: 'adamw_8bit' needs whole matrices"):
+        build_optimizer(EIGHT, Toy())
+
+
+def test_8_bit_states_go_through_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def wide() -> Toy:
+        objective = Toy()
+        layers: Any = objective.model.layers
+        for layer in layers:  # bitsandbytes leaves fewer than 4096 elements in 32 bits
+            layer.large = nn.Linear(64, 128, bias=False)
+        return objective
+
+    def steps(objective: Toy, optimizer: Any, numbers: range) -> None:
+        layers: Any = objective.model.layers
+        for step in numbers:
+            optimizer.zero_grad()
+            large = sum(
+                (layer.large(torch.ones(64) * step).square().sum() for layer in layers), torch.zeros(())
+            )
+            (objective.loss(step) + large).backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    whole = wide()
+    optimizer: Any = build_optimizer(EIGHT, whole)
+    steps(whole, optimizer, range(3))
+    states = [state["state1"].dtype for state in optimizer.parts[0].state.values()]
+    assert states.count(torch.uint8) == 2
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    resumed = copy.deepcopy(whole)
+    steps(whole, optimizer, range(3, 6))
+    again = build_optimizer(EIGHT, resumed)
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    steps(resumed, again, range(3, 6))
+    assert_equal(whole, resumed)

@@ -28,6 +28,9 @@ from tests.train.tiny_runs import (
 )
 from train import Interrupted, loop, parse_recipe, train
 from train.checkpoint import list_checkpoints
+from train.data.batches import Batch, Batches
+from train.data.prepare import PreparedData
+from train.data.streams import SourceLost
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"kind": "adamw", "lr": 0.005},
@@ -132,6 +135,46 @@ def test_a_crash_while_exporting_costs_no_training(
             train(recipe)
     with at_step(10, crash):  # no step is done again
         train(recipe)
+    assert_same_run(tmp_path / "run", whole["adamw"])
+
+
+class LosingSource:
+    """Batches that end with SourceLost before step `at`."""
+
+    def __init__(self, batches: Batches, at: int) -> None:
+        self.batches, self.at = batches, at
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        for number, micro in enumerate(self.batches):
+            if number == self.at:
+                raise SourceLost("data.train[0]: the source is gone; run the same command to go on")
+            yield micro
+
+    def state(self) -> Any:
+        return {"place": 7}
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_lost_source_costs_no_finished_step(
+    at: int, text: Path, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is finished is saved, with where the streams were, before the error ends the run."""
+    recipe = tiny_recipe(tmp_path / "run", text, **RUN, optimizer=OPTIMIZERS["adamw"])
+    given: list[Any] = []
+    real = PreparedData.batches
+
+    def batches(self: PreparedData, rows: Any, **settings: Any) -> Any:
+        given.append(settings.pop("state"))
+        made = real(self, rows, **settings)
+        return LosingSource(made, at) if len(given) == 1 else made
+
+    monkeypatch.setattr(PreparedData, "batches", batches)
+    with pytest.raises(SourceLost, match="the source is gone"):
+        train(recipe)
+    saved = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in saved[-1:]] == ["step-00000005"] * bool(at)
+    train(recipe)
+    assert given == [None, {"place": 7} if at else None]
     assert_same_run(tmp_path / "run", whole["adamw"])
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from train.config import Recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
-TIMING = {"tokens_per_second"}
+TIMING = {"tokens_per_second", "mfu", "peak_memory_bytes", "seconds_left"}
 
 # Another order of summation changes a float32 gradient by a few units of 2^-24 = 6e-8 of its largest terms, and
 # AdamW divides it by its own size: with eps 1e-4, near the size of these gradients, an update moves by no more

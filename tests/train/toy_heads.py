@@ -18,7 +18,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from layerskip_model.backbone import Backbone
-from layerskip_model.token_loss import IGNORE_INDEX, HeadMap, cross_entropy_sum
+from layerskip_model.head_map import HeadMap
+from layerskip_model.token_loss import IGNORE_INDEX, cross_entropy_sum
 from train.data.packing import Rows
 from train.metrics import Metrics
 from train.objectives.base import Batch, Objective
@@ -121,5 +122,5 @@ class ToyHeads(Objective[ToyConfig]):
         }
         save_file(heads, directory / "heads.safetensors")
 
-    def suggestion(self, heldout: dict[str, float]) -> dict[str, Any]:
+    def suggestion(self, heldout: dict[str, float], written: Any, fixed: dict[str, int]) -> dict[str, Any]:
         return {"strategy": "toy", "settings": {"loss": heldout["loss"]}}

@@ -1,4 +1,4 @@
-"""The held-out documents as prompts with their continuations, for the evaluator."""
+"""The held-out documents as prompts with what follows them, for the evaluator."""
 
 from __future__ import annotations
 
@@ -6,35 +6,59 @@ import re
 from collections.abc import Iterable
 from itertools import accumulate, groupby, islice
 from pathlib import Path
+from typing import Any
 
+from layerskip_model.chat import ChatTemplate, UnusableConversation
 from layerskip_model.jsonl import write_rows
-from train.data.sources import Document
+from train.data.examples import Conversation, Document, Pair
 
 
 def write_heldout(
     documents: Iterable[Document],
     path: Path,
     *,
+    chat: ChatTemplate | None = None,
     piece_bytes: int = 1500,
     prompt_bytes: int = 250,
     max_rows: int = 2000,
 ) -> int:
-    """Write rows {"prompt", "response", "document"} that tile each document; return their number.
+    """Write rows {"prompt", "response", "document"}, several of a text and one of an example; return their number.
 
-    prompt + response, joined over the rows of one document, is that document (see `tile`). Where that would
-    be more than `max_rows` rows, evenly spaced documents are written; a first document that is longer than
-    that alone is cut off. `documents` is read twice, so it may not be an iterator.
+    prompt + response, joined over the rows of one text, is that text (see `tile`). An example's row says also
+    whether the prompt wants the tokenizer's "special_tokens": a pair's does; a conversation's, the text before its
+    last answer as `chat` writes it, holds them already. Conversations that `chat` cannot write are left out.
+    Where there would be more than `max_rows` rows, evenly spaced documents are written; a first document that is
+    longer than that alone is cut off. `documents` is read twice, so it may not be an iterator.
     """
-    counts = [len(tile(document.text, piece_bytes, prompt_bytes)) for document in documents]
+
+    def rows_of(document: Document) -> list[dict[str, Any]]:
+        return _rows(document, chat, piece_bytes, prompt_bytes)
+
+    counts = [len(rows_of(document)) for document in documents]
     chosen = set(_evenly_spaced(counts, max_rows))
-    rows = (
-        {"prompt": prompt, "response": response, "document": document.name}
-        for index, document in enumerate(documents)
-        if index in chosen
-        for prompt, response in tile(document.text, piece_bytes, prompt_bytes)
-    )
+    rows = (row for index, document in enumerate(documents) if index in chosen for row in rows_of(document))
     write_rows(path, islice(rows, max_rows))
     return min(max_rows, sum(counts[index] for index in chosen))
+
+
+def _rows(
+    document: Document, chat: ChatTemplate | None, piece_bytes: int, prompt_bytes: int
+) -> list[dict[str, Any]]:
+    if isinstance(document, Conversation):
+        assert chat is not None, "conversations need a template"
+        try:
+            pairs = [chat.last_answer(document.messages)]
+        except UnusableConversation:
+            return []
+        flag = {"special_tokens": False}
+    elif isinstance(document, Pair):
+        pairs, flag = [(document.prompt, document.response)], {"special_tokens": True}
+    else:
+        pairs, flag = tile(document.text, piece_bytes, prompt_bytes), {}
+    return [
+        {"prompt": prompt, "response": response, "document": document.name, **flag}
+        for prompt, response in pairs
+    ]
 
 
 def _evenly_spaced(counts: list[int], limit: int) -> list[int]:

@@ -1,138 +1,19 @@
-"""Documents as one stream of tokens on disk, windows of it as rows, rows as the batches of each step."""
+"""Rows of a fixed length: windows of a stream of documents, or whole examples packed into them."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from layerskip_model.errors import UserError
 from layerskip_model.token_loss import IGNORE_INDEX
-from train.data.sources import Document
+from train.data.tokens import PackedTokens
 
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 1000, 2_000_000  # of one call of the tokenizer
-_QUIET_SECONDS = 3.0  # shorter work shows no progress bar
-
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """A file that holds the stream `[eos] document [eos] document ...` of token ids, and nothing else.
-
-    `bytes` counts the documents' UTF-8 bytes, so bits per byte = nats / ln 2 / bytes for the whole stream.
-    The counts stand in a file beside it, its name with `.json` added.
-    """
-
-    path: Path
-    dtype: str  # uint16 or uint32
-    tokens: int
-    documents: int
-    bytes: int
-
-    def array(self) -> NDArray[np.unsignedinteger]:
-        """The stream, read from the file as needed. # [tokens]"""
-        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
-
-    @classmethod
-    def open(cls, path: Path) -> PackedTokens:
-        """Open a finished stream. Raises OSError or ValueError if its two files are missing or disagree."""
-        packed = cls(path=path, **json.loads(_counts_path(path).read_text()))
-        if path.stat().st_size != packed.tokens * np.dtype(packed.dtype).itemsize:
-            raise ValueError(f"{path} does not hold the {packed.tokens} tokens of {_counts_path(path)}")
-        return packed
-
-
-def _counts_path(path: Path) -> Path:
-    return path.with_name(path.name + ".json")
-
-
-def tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, path: Path, total: int | None = None
-) -> PackedTokens:
-    """Write `[eos] document [eos] document ...` to `path`; both files appear whole or not at all.
-
-    Every document's first token is predicted from the eos before it. `total`, the number of documents, is for
-    the progress bar on standard error, which appears after a few seconds; call this on one process only.
-    """
-    dtype = np.dtype(np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32)
-    num_tokens = num_documents = num_bytes = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file, slow_progress(f"tokenizing {path.stem}", total) as advance:
-            for texts in _text_batches(documents):
-                for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-                    file.write(np.array([tokenizer.eos_token_id, *ids], dtype=dtype).tobytes())
-                    num_tokens += 1 + len(ids)
-                num_documents += len(texts)
-                num_bytes += sum(len(text.encode()) for text in texts)
-                advance(len(texts))
-        packed = PackedTokens(path, dtype.name, num_tokens, num_documents, num_bytes)
-        _replace(temporary, packed)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return packed
-
-
-def _replace(temporary: Path, packed: PackedTokens) -> None:
-    # Without its counts a stream does not open, so no moment shows new tokens with old counts.
-    counts = _counts_path(packed.path)
-    counts.unlink(missing_ok=True)
-    os.replace(temporary, packed.path)
-    temporary.write_text(json.dumps({k: v for k, v in asdict(packed).items() if k != "path"}))
-    os.replace(temporary, counts)
-
-
-def _text_batches(documents: Iterable[Document]) -> Iterator[list[str]]:
-    texts: list[str] = []
-    characters = 0
-    for document in documents:
-        texts.append(document.text)
-        characters += len(document.text)
-        if len(texts) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
-
-
-@contextmanager
-def slow_progress(label: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Give a function that counts what is done; a bar on standard error appears after a few seconds."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = progress.add_task(label, total=total)
-    begun = time.monotonic()
-
-    def advance(amount: int) -> None:
-        if not progress.live.is_started and time.monotonic() - begun > _QUIET_SECONDS:
-            progress.start()
-        progress.advance(task, amount)
-
-    try:
-        yield advance
-    finally:
-        if progress.live.is_started:
-            progress.stop()
+Ints = NDArray[np.int64]
 
 
 class Rows(Protocol):
@@ -143,25 +24,35 @@ class Rows(Protocol):
     def __getitem__(self, row: int) -> dict[str, Tensor]: ...
 
 
-class PackedDataset:
-    """Windows of `length` inputs, one after the other, in which every token but the first is predicted once.
+class MeasuredRows(Rows, Protocol):
+    """Rows that know how much they predict in all, and for how many bytes of text."""
 
-    Row i is {"input_ids", "labels"}, both int64 [length], from tokens[i * length : i * length + length + 1]:
-    labels[t] is the token after input_ids[t]. The short window at the end is dropped, or with `keep_last`
-    filled up with labels IGNORE_INDEX. Raises UserError if there is no row.
+    @property
+    def predicted(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+
+class WindowRows:
+    """Windows of `length` inputs over documents end to end, in which every token but the first is predicted once.
+
+    Row i is made of tokens[i * length : i * length + length + 1] by `window_row`. The short window at the end
+    is dropped, or with `keep_last` filled up with labels IGNORE_INDEX.
     """
 
-    def __init__(self, packed: PackedTokens, length: int, *, keep_last: bool = False) -> None:
-        self.tokens = packed.array()  # [tokens]
+    def __init__(self, packed: PackedTokens, length: int, *, separate: bool, keep_last: bool = False) -> None:
+        self.ids = packed.ids()  # [tokens]
+        self.starts = packed.starts()  # [documents]
         self.length = length
-        predicted = packed.tokens - 1
-        self.num_rows = -(-predicted // length) if keep_last else predicted // length
-        if self.num_rows < 1:
-            needed = 2 if keep_last else length + 1
-            raise UserError(
-                f"{packed.path}: {packed.tokens} tokens from {packed.documents} documents, but one row of "
-                f"batch.length={length} needs {needed}; give more text or a smaller length"
-            )
+        self.separate = separate
+        self.shared_end = packed.shared_end
+        self.bytes = packed.bytes
+        pairs = max(0, packed.tokens - 1)
+        self.num_rows = -(-pairs // length) if keep_last else pairs // length
+        pairs = min(pairs, self.num_rows * length)
+        crossing = int(np.searchsorted(self.starts, np.uint64(pairs), side="right")) - 1
+        self.predicted = pairs - (crossing if separate and not self.shared_end and pairs else 0)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -169,88 +60,158 @@ class PackedDataset:
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
-        window = self.tokens[row * self.length : (row + 1) * self.length + 1].astype(np.int64)
-        missing = self.length + 1 - len(window)
-        inputs = np.pad(window[:-1], (0, missing), constant_values=self.tokens[0])
-        labels = np.pad(window[1:], (0, missing), constant_values=IGNORE_INDEX)
-        return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+        begin = row * self.length
+        window = self.ids[begin : begin + self.length + 1].astype(np.int64)
+        # uint64, as the array: for another type numpy would convert all of it.
+        bounds = np.array([begin, begin + len(window)], dtype=np.uint64)
+        first, last = np.searchsorted(self.starts, bounds)
+        starts = self.starts[first:last].astype(np.int64) - begin
+        row_values = window_row(
+            window, starts, self.length, separate=self.separate, shared_end=self.shared_end
+        )
+        return as_tensors(row_values)
 
 
-def rows_of_step(step: int, batch_size: int, num_rows: int, seed: int) -> list[int]:
-    """The `batch_size` dataset rows of optimizer step `step` (from 0), a pure function of its arguments.
+def window_row(
+    window: Ints, starts: Ints, length: int, *, separate: bool, shared_end: bool
+) -> dict[str, Ints]:
+    """{"input_ids", "labels"}, both [length], of up to length + 1 tokens: labels[t] follows input_ids[t].
 
-    The rows of all steps are one sequence: a permutation of range(num_rows) for each epoch, drawn from
-    (seed, epoch), end to end; a batch may straddle two epochs. `seed` is not negative.
+    `starts` are the places in the window where documents begin. With `separate` there are "position_ids" too,
+    which restart there, and no label crosses into another document, unless the token that begins it is the
+    one that ends a text. A missing end is filled with the first token and labels IGNORE_INDEX.
     """
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_epoch_order(seed, p // num_rows, num_rows)[p % num_rows]) for p in positions]
+    missing = length + 1 - len(window)
+    inputs = np.pad(window[:-1], (0, missing), constant_values=window[0])
+    labels = np.pad(window[1:], (0, missing), constant_values=IGNORE_INDEX)
+    if not separate:
+        return {"input_ids": inputs, "labels": labels}
+    if not shared_end:
+        labels[starts[starts > 0] - 1] = IGNORE_INDEX
+    restarts = np.append(starts, len(window) - 1)  # what fills the row is another document
+    return {"input_ids": inputs, "labels": labels, "position_ids": _restarting_positions(restarts, length)}
 
 
-@lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, num_rows: int) -> NDArray[np.int64]:
-    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+class ExampleRows:
+    """Whole examples, best-fit packed into rows of `length` inputs (see `best_fit` and `example_row`).
 
-
-def cut_for_rank(num_rows: int, micro: int, rank: int, world: int) -> list[list[int]]:
-    """One rank's micro-batches of a batch, as indices within that batch.
-
-    The batch is cut into `world` contiguous parts and each part into even micro-batches of at most `micro`
-    rows. Every rank has the same number of them; a rank with too few rows for that has empty ones at its end.
-    """
-    part = np.array_split(np.arange(num_rows), world)[rank]
-    largest_part = -(-num_rows // world)
-    count = -(-largest_part // micro)
-    return [indices.tolist() for indices in np.array_split(part, count)]
-
-
-def collate(dataset: Rows, rows: list[int], indices: list[int]) -> dict[str, Tensor]:
-    """The micro-batch {"input_ids" [b, T], "labels" [b, T], ..., "row" [b]}: rows stacked; "row" = `indices`.
-
-    Index i stands for dataset row rows[i]. Without indices it is the row of index 0 with every label IGNORE_INDEX.
-    """
-    chosen = indices or [0]
-    examples = [dataset[rows[index]] for index in chosen]
-    batch = {key: torch.stack([example[key] for example in examples]) for key in examples[0]}  # [b, ...]
-    if not indices:
-        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-    return batch | {"row": torch.tensor(chosen)}  # [b]
-
-
-@dataclass(frozen=True)
-class StepBatches:
-    """One rank's micro-batches of the optimizer steps start..stop-1: iterating yields a list a step.
-
-    `sequences` is the size of the global batch, `micro` the most rows of a micro-batch. A micro-batch's "row"
-    is the index within the global batch. See `rows_of_step`, `cut_for_rank` and `collate`.
+    An example of n tokens takes n - 1 places, as its last one is only predicted. One that is longer than a row
+    is cut at its end (`cut` counts them), and left out where nothing of it is predicted then (`left_out`).
     """
 
-    dataset: Rows
-    sequences: int
-    micro: int
-    seed: int
-    start: int
-    stop: int
-    rank: int = 0
-    world: int = 1
+    def __init__(self, packed: PackedTokens, length: int, *, separate: bool) -> None:
+        self.ids, self.counted = packed.ids(), packed.counted()  # [tokens]
+        self.length = length
+        self.separate = separate
+        starts = packed.starts().astype(np.int64)
+        whole_ends = np.append(starts[1:], packed.tokens)[: len(starts)]
+        ends = np.minimum(whole_ends, starts + length + 1)
+        predicted = _sums_between(self.counted, starts + 1, ends)  # [examples]
+        kept = predicted > 0
+        self.cut = int(((whole_ends > ends) & kept).sum())
+        self.left_out = int((~kept).sum())
+        self.predicted = int(predicted.sum())
+        uncut = int(_sums_between(self.counted, starts + 1, whole_ends).sum())
+        self.bytes = round(
+            packed.bytes * self.predicted / max(1, uncut)
+        )  # of what cutting leaves, on average
+        self.starts, self.ends = starts[kept], ends[kept]
+        self.plan = best_fit(self.ends - self.starts - 1, length)
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        return len(self.plan)
 
-    def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
-        parts = cut_for_rank(self.sequences, self.micro, self.rank, self.world)
-        for step in range(self.start, self.stop):
-            rows = rows_of_step(step, self.sequences, len(self.dataset), self.seed)
-            yield [collate(self.dataset, rows, indices) for indices in parts]
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        if not 0 <= row < len(self.plan):
+            raise IndexError(f"row {row} of {len(self.plan)}")
+        spans = [slice(self.starts[example], self.ends[example]) for example in self.plan[row]]
+        examples = [(self.ids[span].astype(np.int64), np.asarray(self.counted[span])) for span in spans]
+        return as_tensors(example_row(examples, self.length, separate=self.separate))
 
 
-def evaluation_batches(
-    dataset: Rows, micro: int, rank: int = 0, world: int = 1, limit: int | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """One rank's share of all rows in their order, or of `limit` evenly spaced ones, as `collate` makes them.
+def example_row(
+    examples: Sequence[tuple[Ints, NDArray[np.bool_]]], length: int, *, separate: bool
+) -> dict[str, Ints]:
+    """A row of whole examples, each its (ids, counted): as `window_row`, with labels only where `counted`."""
+    inputs = np.full(length, examples[0][0][0])
+    labels = np.full(length, IGNORE_INDEX)
+    restarts = []
+    place = 0
+    for ids, counted in examples:
+        restarts.append(place)
+        end = place + len(ids) - 1
+        inputs[place:end] = ids[:-1]
+        labels[place:end] = np.where(counted[1:], ids[1:], IGNORE_INDEX)
+        place = end
+    row = {"input_ids": inputs, "labels": labels}
+    if separate:
+        row["position_ids"] = _restarting_positions(np.array([*restarts, place]), length)
+    return row
 
-    Every rank has the same number of batches; labels are IGNORE_INDEX throughout in those that fill up.
+
+def best_fit(sizes: Ints, capacity: int) -> list[list[int]]:
+    """Put things of 1..capacity into as few bins as best-fit decreasing finds; the things of each bin.
+
+    The largest goes first, each into the fullest bin that has room for it. That takes at most 11/9 of the fewest
+    bins possible and a few more (Johnson 1973); the same sizes give the same bins.
     """
-    number = min(limit or len(dataset), len(dataset))
-    rows = [index * len(dataset) // number for index in range(number)]
-    for indices in cut_for_rank(number, micro, rank, world):
-        yield collate(dataset, rows, indices)
+    bins: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # the bins that have this much room
+    rooms = 0  # bit r is set where some bin has room r: the least sufficient one is found without a search
+    for thing in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[thing])
+        sufficient = rooms >> size
+        if sufficient:
+            room = size + (sufficient & -sufficient).bit_length() - 1
+            chosen = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, chosen = capacity, len(bins)
+            bins.append([])
+        bins[chosen].append(thing)
+        if room > size:
+            with_room[room - size].append(chosen)
+            rooms |= 1 << (room - size)
+    return bins
+
+
+class JoinedRows:
+    """The rows of several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[MeasuredRows]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.predicted = sum(part.predicted for part in parts)
+        self.bytes = sum(part.bytes for part in parts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        part = int(np.searchsorted(self.ends, row, side="right"))
+        return self.parts[part][row - int(self.ends[part]) + len(self.parts[part])]
+
+
+def as_tensors(row: dict[str, Ints]) -> dict[str, Tensor]:
+    """The same numbers as int64 tensors."""
+    return {key: torch.from_numpy(np.asarray(values, dtype=np.int64)) for key, values in row.items()}
+
+
+def _restarting_positions(restarts: Ints, length: int) -> Ints:
+    """Places counted from the last restart at or before them; from 0 before the first. # [length]"""
+    begins = np.zeros(length, dtype=np.int64)
+    inside = restarts[restarts < length]
+    begins[inside] = inside
+    return np.arange(length) - np.maximum.accumulate(begins)
+
+
+def _sums_between(flags: NDArray[np.bool_], begins: Ints, ends: Ints) -> Ints:
+    """How many flags are set in each of the stretches begins[i]..ends[i], which are not empty and in order."""
+    if not len(begins):
+        return np.zeros(0, dtype=np.int64)
+    bounds = np.stack([begins, ends], axis=1).ravel()
+    bounds = bounds[:-1] if bounds[-1] == len(flags) else bounds
+    return np.add.reduceat(flags, bounds, dtype=np.int64)[::2]

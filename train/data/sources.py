@@ -1,157 +1,35 @@
-"""Where training text comes from: recipe sections that yield documents, and their split in two."""
+"""The recipe's data section: sources of documents for training, and what is held out of them."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import math
-import os
-import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from layerskip_model.errors import UserError
-from layerskip_model.jsonl import read_rows
+from train.data.examples import Document, Tolerance
+from train.data.hub import HubSource
+from train.data.local import ArrowSource, JsonlSource, ParquetSource, StdlibSource, TextSource
+from train.data.row_forms import RowForm
+from train.data.signatures import SignaturesSource
+from train.data.topv2 import TopV2Source
 from train.section import Section
 
-
-@dataclass(frozen=True)
-class Document:
-    """One text. `name` is the same on every run: a relative path, or FILE:LINE."""
-
-    name: str
-    text: str
-
-
-# Folders of the standard library that hold tests, somebody else's packages, or tables rather than code.
-_LEFT_OUT_FOLDERS = frozenset(
-    ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"]
-)
-# Single files that are mostly generated tables.
-_LEFT_OUT_FILES = frozenset({"html/entities.py", "stringprep.py", "locale.py", "re/_casefix.py"})
-_LEFT_OUT_PREFIX = "_sysconfigdata"
-
-
-class StdlibSource(Section):
-    """The Python standard library's own source files: about 9.5 MB of real text that every machine has.
-
-    Tests, generated tables and installed packages are left out. The text differs between Python versions.
-    """
-
-    kind: Literal["stdlib"]
-
-    def documents(self) -> Iterator[Document]:
-        """Yield each file, in the order of their names; unreadable and empty files are passed over.
-
-        Raises UserError where this Python has no source files.
-        """
-        root = Path(sysconfig.get_path("stdlib"))
-        found = False
-        for name in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-            if _is_standard_code(name):
-                try:
-                    text = (root / name).read_bytes().decode()
-                except (OSError, UnicodeDecodeError):
-                    continue
-                if text.strip():
-                    found = True
-                    yield Document(name, text)
-        if not found:
-            raise UserError(f"data source 'stdlib': no source files in {root}; use kind 'text' instead")
-
-
-def _is_standard_code(name: str) -> bool:
-    *folders, file = name.split("/")
-    generated = name in _LEFT_OUT_FILES or file.startswith(_LEFT_OUT_PREFIX)
-    return not generated and _LEFT_OUT_FOLDERS.isdisjoint(folders)
-
-
-FilePatterns = Annotated[
-    list[str],
-    Field(min_length=1, description="Paths or glob patterns ('**' goes into folders), from where you run."),
+Source = Annotated[
+    StdlibSource
+    | TextSource
+    | JsonlSource
+    | ParquetSource
+    | ArrowSource
+    | HubSource
+    | TopV2Source
+    | SignaturesSource,
+    Field(discriminator="kind"),
 ]
-
-
-class TextSource(Section):
-    """Text files; each file is one document."""
-
-    kind: Literal["text"]
-    files: FilePatterns
-
-    def documents(self) -> Iterator[Document]:
-        """Yield each file that is not empty. Raises UserError as `matching_files`, or if all are empty."""
-        found = False
-        for path in matching_files(self.files):
-            text = _read_text(path)
-            if text.strip():
-                found = True
-                yield Document(Path(path).as_posix(), text)
-        if not found:
-            raise UserError(f"data source files {self.files}: every document is empty; give files with text")
-
-
-class JsonlSource(Section):
-    """Files of JSON lines; one string field of each row is one document."""
-
-    kind: Literal["jsonl"]
-    files: FilePatterns
-    field: str = Field(default="text", description="The key of each row that holds the text.")
-
-    def documents(self) -> Iterator[Document]:
-        """Yield each row's text that is not empty.
-
-        Raises UserError as `matching_files`, "FILE:LINE: ..." for a row without the field or with something
-        other than a string in it, and if all texts are empty.
-        """
-        found = False
-        for path in matching_files(self.files):
-            for line, row in read_rows(path):
-                name = f"{Path(path).as_posix()}:{line}"
-                text = self._text_of(row, name)
-                if text.strip():
-                    found = True
-                    yield Document(name, text)
-        if not found:
-            raise UserError(f"data source files {self.files}: every document is empty; give rows with text")
-
-    def _text_of(self, row: dict[str, Any], name: str) -> str:
-        if self.field not in row:
-            raise UserError(f"{name}: no field '{self.field}'; the row has {sorted(row)}: set 'field' to one")
-        text = row[self.field]
-        if not isinstance(text, str):
-            raise UserError(f"{name}: field '{self.field}' is {text!r:.40}; it must be a string")
-        return text
-
-
-def matching_files(patterns: list[str]) -> list[str]:
-    """The files that the patterns match, each once, sorted by name.
-
-    Raises UserError naming a pattern that matches no file.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
-        files = [os.path.normpath(path) for path in matches if os.path.isfile(path)]
-        if not files:
-            raise UserError(f"data source '{pattern}' matches no file in {os.getcwd()}; correct the pattern")
-        found.update(files)
-    return sorted(found)
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); correct 'files'") from error
-
-
-Source = Annotated[StdlibSource | TextSource | JsonlSource, Field(discriminator="kind")]
 Sources = Annotated[list[Source], Field(min_length=1)]
 
 
@@ -162,7 +40,7 @@ def _heldout_form(value: object) -> str:
 class DataConfig(Section):
     """What is trained on and what is held out to measure on."""
 
-    train: Sources = Field(description="Sources of training documents, one after the other.")
+    train: Sources = Field(description="Sources of training documents.")
     heldout: Annotated[
         Annotated[float, Field(gt=0, lt=0.5), Tag("fraction")] | Annotated[Sources, Tag("sources")],
         Discriminator(_heldout_form),
@@ -171,6 +49,69 @@ class DataConfig(Section):
         description="The share of the training sources' documents that is held out instead of trained on "
         "(chosen by a hash of name and content, whatever their order), or sources of its own.",
     )
+    documents: Literal["separate", "joined"] = Field(
+        "separate",
+        description="separate: positions and attention begin anew at each document, though several share a row; "
+        "joined: a row is one text, whatever it is made of.",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="A Jinja file that writes conversations as text; default: the tokenizer's own template.",
+    )
+    skip_malformed: int = Field(
+        0,
+        ge=0,
+        description="How many rows that cannot be read may be passed over, in all; one more is an error "
+        "that names file and line.",
+    )
+    shuffle_buffer: int = Field(1000, ge=1, description="Rows that a stream is shuffled within.")
+    cache_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Where tokenised data is kept by its content, for all runs; default: in the run's directory.",
+    )
+
+    @property
+    def heldout_sources(self) -> list[Source]:
+        """The held-out documents' own sources; none where a share of the training documents is held out."""
+        return self.heldout if isinstance(self.heldout, list) else []
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        weights = [source.weight for source in self.train if source.weight is not None]
+        if weights and len(weights) < len(self.train):
+            raise ValueError(
+                f"train: {len(weights)} of {len(self.train)} sources have a weight; give it to all or to none"
+            )
+        if weights and sum(weights) == 0:
+            raise ValueError(f"train: the sources' weights {weights} sum to zero; give one that is more")
+        if len(self.train) > 1 and not weights and any(source.streaming for source in self.train):
+            raise ValueError("train: several sources of which one is a stream need a 'weight' each")
+        for source in self.heldout_sources:
+            if source.weight is not None:
+                raise ValueError("heldout: held-out sources have no weight; all of them are measured on")
+        return self
+
+    @model_validator(mode="after")
+    def _streams(self) -> Self:
+        if not self.heldout_sources and any(source.streaming for source in self.train):
+            raise ValueError(
+                "heldout: no share can be taken of a stream; give a list of sources, such as the same one with "
+                "'limit: 1000' (and 'skip: 1000' under 'train')"
+            )
+        for source in self.heldout_sources:
+            if source.streaming and source.limit is None:
+                raise ValueError("heldout: a stream needs a 'limit' here, since all of it is measured on")
+        return self
+
+    @model_validator(mode="after")
+    def _template(self) -> Self:
+        sources = [*self.train, *self.heldout_sources]
+        talks = any(isinstance(source, RowForm) and source.conversation is not None for source in sources)
+        if self.chat_template is not None and not talks:
+            raise ValueError("chat_template: no source has a 'conversation' that it would write")
+        return self
 
 
 @dataclass(frozen=True)
@@ -179,10 +120,15 @@ class DocumentSet:
 
     sources: tuple[Source, ...]
     keep: Callable[[Document], bool]
+    tolerance: Tolerance = field(default_factory=Tolerance)
 
     def __iter__(self) -> Iterator[Document]:
         for source in self.sources:
-            yield from filter(self.keep, source.documents())
+            yield from self.of(source)
+
+    def of(self, source: Source) -> Iterator[Document]:
+        """One source's documents that pass the test."""
+        return filter(self.keep, source.documents(self.tolerance))
 
 
 def split_score(document: Document) -> float:
@@ -191,24 +137,36 @@ def split_score(document: Document) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def split_documents(config: DataConfig) -> tuple[DocumentSet, DocumentSet]:
-    """The training documents and the held-out documents of a recipe.
+def heldout_limit(config: DataConfig, tolerance: Tolerance) -> float | None:
+    """The score below which documents are held out; None where held-out documents have sources of their own.
 
-    With a fraction f, documents with `split_score` < f are held out; where there is none, the one with the
-    lowest score.
-    Raises UserError if the sources are unusable or a single document would have to be on both sides.
+    It is the fraction, or where no document scores less, what holds out the one with the lowest score. All
+    documents are read. Raises UserError if the sources are unusable or nothing would be left to train on.
     """
-    training = tuple(config.train)
     if isinstance(config.heldout, list):
-        return DocumentSet(training, lambda _: True), DocumentSet(tuple(config.heldout), lambda _: True)
-    scores = [split_score(document) for source in training for document in source.documents()]
+        return None
+    scores = [split_score(document) for source in config.train for document in source.documents(tolerance)]
     limit = max(config.heldout, math.nextafter(min(scores), 1.0))
     if max(scores) < limit:
         raise UserError(
             f"data.heldout={config.heldout}: no training document is left of {len(scores)}; "
             "give more documents or sources of their own to 'heldout'"
         )
+    return limit
+
+
+def split_documents(
+    config: DataConfig, limit: float | None, tolerance: Tolerance
+) -> tuple[DocumentSet, DocumentSet]:
+    """The training documents and the held-out documents of a recipe, at its `heldout_limit`.
+
+    Malformed rows go to `tolerance`.
+    """
+    training = tuple(config.train)
+    if limit is None:
+        heldout = DocumentSet(tuple(config.heldout_sources), lambda _: True, tolerance)
+        return DocumentSet(training, lambda _: True, tolerance), heldout
     return (
-        DocumentSet(training, lambda document: split_score(document) >= limit),
-        DocumentSet(training, lambda document: split_score(document) < limit),
+        DocumentSet(training, lambda document: split_score(document) >= limit, tolerance),
+        DocumentSet(training, lambda document: split_score(document) < limit, tolerance),
     )

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from layerskip_model.errors import UserError
+from layerskip_model.formats import huggingface
 from train.section import Section
 
 END_OF_TEXT = "<|endoftext|>"
@@ -46,9 +47,9 @@ class TokenizerConfig(Section):
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load a pretrained tokenizer. Raises UserError if there is none, or if it has no end-of-text token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        tokenizer = huggingface.load_tokenizer(name_or_path)
+    except UserError as error:
+        reason = str(error).removeprefix(f"model '{name_or_path}'").lstrip(": ")
         raise UserError(f"tokenizer.name_or_path='{name_or_path}' cannot be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer.name_or_path='{name_or_path}' has no eos_token; give one that has")

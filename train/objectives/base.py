@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from eval.replay import OwnText
 from train.data.packing import Rows
 from train.metrics import Metrics
 from train.section import Section
@@ -92,5 +94,27 @@ class Objective(nn.Module, Generic[Config]):
         """
 
     @abstractmethod
-    def suggestion(self, heldout: dict[str, float]) -> dict[str, Any]:
-        """Strategy and settings to decode with, from the last held-out metrics, for `run.json`."""
+    def suggestion(
+        self, heldout: dict[str, float], written: OwnText | None, fixed: dict[str, int]
+    ) -> dict[str, Any]:
+        """The best strategy to decode with, as `run.json` tells it: `strategy`, `settings`, `predicted_speedup`.
+
+        By what is known: the last held-out metrics (none yet: empty), and text that the model wrote itself, where
+        it could be decoded. `fixed` are settings that are given; the others are chosen.
+        """
+
+    def decodable(self) -> PreTrainedModel | None:
+        """The language model to decode with while it trains. Default: nothing is decoded."""
+        return None
+
+    def schedule(self, step: int) -> dict[str, list[float]]:
+        """What the method changes over time, as in force at an optimizer step: name -> a number for each layer."""
+        return {}
+
+    def in_words(self, step: int, metrics: dict[str, float]) -> str:
+        """The method's part of the progress line, from what is in force at a step and the last metrics."""
+        return ""
+
+    def step_flops(self, step: int, sequences: int, length: int) -> float | None:
+        """Model FLOPs of an optimizer step over the global batch, recomputation apart. None: not known."""
+        return None

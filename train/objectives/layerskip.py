@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -11,25 +12,29 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eval.statistics import best_self_speculation_settings
-from layerskip_model.early_exit import WEIGHTS, EarlyExitModel, ExitLoss
+from eval.replay import OwnText
+from layerskip_model.agreement import accepted_drafts
+from layerskip_model.early_exit import WEIGHTS, EarlyExitModel, ExitLoss, LossTerms
 from layerskip_model.errors import UserError
 from layerskip_model.layer_dropout import SHAPES, LayerDropout, layer_slice
 from layerskip_model.token_loss import IGNORE_INDEX
 from train.export import export_model
+from train.flops import model_flops
 from train.metrics import Metrics
 from train.objectives.base import Batch, Objective
+from train.objectives.self_speculation import suggested_self_speculation
 from train.section import Section
 
-Shape = Literal["exp", "linear", "log", "sine", "sigmoid", "constant"]
+Shape = Literal["exp", "linear", "log", "sine", "sigmoid", "saturating", "constant"]
 assert set(Shape.__args__) == set(SHAPES)  # type: ignore[attr-defined]
 WeightName = Literal["sum", "uniform", "linear", "sqrt", "inverse", "inverse_sqrt"]
 assert set(WeightName.__args__) == {"sum", *WEIGHTS}  # type: ignore[attr-defined]
 
 
-COST_PER_ROW = 0.05
-"""Time of one more row in a verification, over that of a pass of one row: what two CPU cores showed for up to
-32 rows of a 12 x 192 model (5.4 ms for 8 rows, 3.8 for 1). A GPU is kinder, which favours longer drafts."""
+HELDOUT_DRAFTS = (2, 4, 8)
+"""Numbers of drafts whose acceptance is measured on held-out text; that of one is the agreement."""
+MANY_EXITS = 16
+"""Of a deeper model that many exits, evenly spaced, and those that the recipe names have it measured."""
 
 
 class LayerDropoutConfig(Section):
@@ -93,12 +98,14 @@ class LayerSkip(Objective[LayerSkipConfig]):
         super().__init__()
         self.module = module
         self.num_layers = module.backbone.num_layers
+        self.flops = model_flops(module.model)  # now, as an engine may take the matrices apart
 
     @classmethod
     def build(cls, recipe: Any, model: PreTrainedModel) -> Self:
         """The objective for a recipe whose `objective` is a LayerSkipConfig."""
         config: LayerSkipConfig = recipe.objective
         num_layers = model.config.get_text_config().num_hidden_layers
+        _check_decode(recipe.evaluate.decode, num_layers)
         early_exit = config.early_exit or EarlyExitConfig(exits=[])
         exits = list(range(1, num_layers + 1)) if early_exit.exits == "all" else early_exit.exits
         for exit_layer in exits:
@@ -140,11 +147,15 @@ class LayerSkip(Objective[LayerSkipConfig]):
 
     def forward(self, batch: Batch, step: int, denominators: dict[str, float]) -> tuple[Tensor, Metrics]:
         """J(t) over the global batch's tokens. In evaluation every exit's quality, and no loss weights."""
-        terms = self.module(batch["input_ids"], batch["labels"], batch["row"], step)
+        terms = self.module(
+            batch["input_ids"], batch["labels"], batch["row"], step, position_ids=batch.get("position_ids")
+        )
         if self.training:
             loss = terms.weighted_sum() / denominators["tokens"]
-            tokens = (batch["labels"] != IGNORE_INDEX).sum()
+            counted = batch["labels"] != IGNORE_INDEX  # [batch, seq]
+            tokens = counted.sum()
             metrics: Metrics = {f"exit_{e}/loss": (ce, tokens) for e, ce in terms.cross_entropy.items()}
+            metrics |= self._in_force(batch["row"], counted.any(1), step)
             return loss, metrics | {"loss": (terms.cross_entropy[self.num_layers], tokens)}
         assert terms.tokens is not None
         last = terms.cross_entropy[self.num_layers]
@@ -153,7 +164,35 @@ class LayerSkip(Objective[LayerSkipConfig]):
             metrics[f"exit_{exit_layer}/loss"] = (cross_entropy, terms.tokens)
             metrics[f"exit_{exit_layer}/top1"] = (terms.correct[exit_layer], terms.tokens)
             metrics[f"exit_{exit_layer}/agreement"] = (terms.agreement[exit_layer], terms.tokens)
-        return last, metrics
+        return last, metrics | self._accepted(terms, batch)
+
+    def _in_force(self, rows: list[int], counts: Tensor, step: int) -> Metrics:
+        """What the schedules make of a step. `counts` [batch]: rows that are no mere filling."""
+        metrics: Metrics = {}
+        if dropout := self.module.dropout:
+            rates = dropout.rates(step)
+            metrics["layer_dropout/mean"] = (sum(rates) / len(rates), 1.0)
+            metrics["layer_dropout/max"] = (max(rates), 1.0)
+            skipped = torch.as_tensor((~dropout.kept(step, rows)).sum(0)).to(counts.device)  # [batch]
+            metrics["layer_dropout/skipped"] = ((skipped * counts).sum(), counts.sum() * self.num_layers)
+        if self.module.exit_loss.exits:
+            metrics["exits_on"] = (float(len(self.module.exit_loss.at(step))), 1.0)
+        return metrics
+
+    def _accepted(self, terms: LossTerms, batch: Batch) -> Metrics:
+        """Drafts that the last layer would accept on the way through the held-out text."""
+        counted, positions = batch["labels"] != IGNORE_INDEX, batch.get("position_ids")
+        return {
+            f"exit_{e}/accepted_{drafts}": accepted_drafts(terms.agreed[e], counted, drafts, positions)
+            for e in self._drafting_exits()
+            for drafts in HELDOUT_DRAFTS
+        }
+
+    def _drafting_exits(self) -> list[int]:
+        spacing = math.ceil((self.num_layers - 1) / MANY_EXITS) or 1
+        named = self.module.exit_loss.exits
+        chosen = named if len(named) < self.num_layers else []  # all of them are none in particular
+        return sorted({*range(spacing, self.num_layers, spacing), *chosen})
 
     def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
         """A plain transformers checkpoint, as the released LayerSkip models are."""
@@ -163,16 +202,63 @@ class LayerSkip(Objective[LayerSkipConfig]):
         }
         export_model(self.module.model, weights, directory, dtype)
 
-    def suggestion(self, heldout: dict[str, float]) -> dict[str, Any]:
-        """The exit and number of drafts with the best predicted speedup at the measured agreement."""
-        if self.num_layers == 1:
-            return {"strategy": "autoregressive", "settings": {}, "predicted_speedup": 1.0}
-        agreement = {e: heldout[f"exit_{e}/agreement"] for e in range(1, self.num_layers)}
-        exit_layer, drafts, predicted = best_self_speculation_settings(
-            agreement, self.num_layers, verify_cost_of_rows=lambda rows: 1.0 + COST_PER_ROW * (rows - 1)
-        )
+    def decodable(self) -> PreTrainedModel:
+        """The model itself; its intercepted layers run as they are outside of training."""
+        return self.module.model
+
+    def schedule(self, step: int) -> dict[str, list[float]]:
+        """Each layer's dropout rate, and the weight of the loss at the exit after it, 0 where it is off."""
+        dropout, weights = self.module.dropout, self.module.exit_loss.at(step)
+        exits = range(1, self.num_layers + 1)
         return {
-            "strategy": "self_speculative",
-            "settings": {"exit_layer": exit_layer, "num_speculations": drafts},
-            "predicted_speedup": predicted,
+            "layer_dropout": [0.0] * self.num_layers if dropout is None else dropout.rates(step),
+            "exit_weight": [weights.get(exit_layer, 0.0) for exit_layer in exits],
         }
+
+    def in_words(self, step: int, metrics: dict[str, float]) -> str:
+        """The exits that are on, with their losses if they are few, and the dropout rates."""
+        words = []
+        early = [e for e in self.module.exit_loss.at(step) if e < self.num_layers]
+        if early:
+            losses = " ".join(f"{e} ({metrics.get(f'exit_{e}/loss', math.nan):.2f})" for e in early)
+            words.append(f"exits {losses if len(early) <= 4 else spans(early)}")
+        if self.module.dropout is not None:
+            rates = self.module.dropout.rates(step)
+            words.append(f"dropout {sum(rates) / len(rates):.3f} to {max(rates):.3f}")
+        return "  ".join(words)
+
+    def step_flops(self, step: int, sequences: int, length: int) -> float:
+        """Of the rows that each layer keeps, and of each exit that is on, as if every token were predicted."""
+        dropout = self.module.dropout
+        kept = [float(sequences)] * self.num_layers
+        if dropout is not None:
+            kept = dropout.kept(step, range(sequences)).sum(1).tolist()
+        exits = len(self.module.exit_loss.at(step))
+        return self.flops.step(kept, length, exits, float(sequences * length))
+
+    def suggestion(
+        self, heldout: dict[str, float], written: OwnText | None, fixed: dict[str, int]
+    ) -> dict[str, Any]:
+        """The exit and number of drafts with the best predicted speedup."""
+        return suggested_self_speculation(self.num_layers, heldout, written, fixed)
+
+
+def _check_decode(config: Any, num_layers: int) -> None:
+    """Raises UserError for an exit to decode with that there is not."""
+    exit_layer = None if config is None else config.exit_layer
+    if exit_layer is not None and exit_layer >= num_layers:
+        raise UserError(
+            f"evaluate.decode.exit_layer: {exit_layer} is not an early exit of a model with {num_layers} layers; "
+            f"use 1 to {num_layers - 1}"
+        )
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Ascending numbers in few words: 1-4 8 12."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        if groups and number == groups[-1][-1] + 1:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return " ".join(f"{g[0]}-{g[-1]}" if len(g) > 2 else " ".join(map(str, g)) for g in groups)

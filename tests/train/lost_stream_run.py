@@ -1,0 +1,26 @@
+"""python -m tests.train.lost_stream_run RECIPE ROWS: train, with streams that cannot be read after so many rows."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from eval.command_line import run_app
+from train.__main__ import app
+from train.data import stream_rows, streams
+
+ROWS = int(sys.argv[2])
+
+
+def read_row(self: Any, plain: Any = streams.DocumentStream._read_row) -> Any:
+    if self._pauses and self._rows >= ROWS:
+        raise ConnectionError("the line is down")
+    return plain(self)
+
+
+if __name__ == "__main__":
+    stream_rows._CHUNK_DOCUMENTS = 4  # reads less ahead, so that some steps are done before the loss
+    streams.RETRY_SECONDS = (0.01, 0.01)
+    streams.DocumentStream._read_row = read_row  # type: ignore[method-assign]
+    sys.argv = ["train", sys.argv[1]]
+    run_app(app, "python -m train")
