@@ -91,11 +91,12 @@ class Backbone:
     def check(self) -> None:
         """Compare norm and head as they are known here with what the model does, by a forward of two tokens.
 
-        A model whose weights are elsewhere (on the meta device, or split over ranks) is represented by a small one
-        that is built alike. Raises UserError for a model whose layers return something else than hidden states, or
-        that does more after them than is known here: early exits would be trained on logits that it never gives.
+        A model whose weights are elsewhere (on the meta device, or split over ranks), or whose attention runs on a
+        GPU in half precision only, is represented by a small one that is built alike. Raises UserError for a model
+        whose layers return something else than hidden states, or that does more after them than is known here: early
+        exits would be trained on logits that it never gives.
         """
-        if not has_values(self.model):
+        if not has_values(self.model) or "flash" in (self.config._attn_implementation or ""):
             Backbone(_small_twin(self.model)).check()
             return
         states: dict[str, Any] = {}

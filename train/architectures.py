@@ -214,12 +214,19 @@ def step(
     layers: Annotated[int | None, typer.Option("--layers", min=2, help="default: all of the model's")] = None,
     lora: Annotated[bool, typer.Option("--lora", help="adapters on frozen bfloat16 weights")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="recompute layers")] = False,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or adamw_8bit")] = "adamw",
     device: Annotated[str, typer.Option("--device", help="default: a GPU where there is one")] = "",
 ) -> None:
     """Two LayerSkip steps on random weights; prints the peak memory beside its estimate."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = layerskip_recipe(
-        name, micro=micro, length=length, layers=layers, lora=lora, checkpointing=checkpointing
+        name,
+        micro=micro,
+        length=length,
+        layers=layers,
+        lora=lora,
+        checkpointing=checkpointing,
+        kind=optimizer,
     )
     chunk = CPU_CHUNK_BYTES if place.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     needs = needs_of(recipe, chunk)
@@ -228,7 +235,7 @@ def step(
     kinds = [*(["LoRA"] if lora else []), *(["recomputed layers"] if checkpointing else [])]
     typer.echo(
         f"{name}: {needs.trained + needs.frozen:,} parameters, {needs.trained:,} train, {needs.layers} layers, "
-        f"{micro} x {length} tokens, {', '.join([place.type, *kinds])}: peak {measured / GIB:.2f} GiB, "
+        f"{micro} x {length} tokens, {', '.join([place.type, optimizer, *kinds])}: peak {measured / GIB:.2f} GiB, "
         f"estimate {expected.peak / GIB:.2f} GiB ({expected.peak / measured - 1.0:+.1%})"
     )
 

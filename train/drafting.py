@@ -20,7 +20,7 @@ from eval.prompts import evenly_spaced
 from eval.replay import OwnText
 from eval.target import Target
 from layerskip_model.errors import UserError
-from layerskip_model.formats.huggingface import load_model, no_progress_bar
+from layerskip_model.formats.huggingface import FLASH_ATTENTION, load_model, no_progress_bar
 from layerskip_model.jsonl import read_prompts
 from layerskip_model.runner import Runner
 from train.config import DecodeConfig
@@ -28,7 +28,8 @@ from train.run import Run
 from train.run_directory import EXPORT_NAME
 
 ROOM = 0.8  # of the free memory, for a copy of a sharded model
-CANNOT = (UserError, torch.OutOfMemoryError)  # no reason to stop training
+# No reason to lose a training: what the decoder refuses, a kernel does not do, memory or disk have no room for.
+CANNOT = (UserError, RuntimeError, OSError)
 
 
 def decode(run: Run, done: int) -> dict[str, float]:
@@ -153,10 +154,18 @@ def _target(run: Run) -> Target | None:
             model = None if state is None else _copy(run, state)
         if model is None or not run.accelerator.is_main_process:
             return None
+        _refuse_wide_flash(model)
         return Target("the model in training", model, run.data.tokenizer, Runner(model, fuse=False))
     except CANNOT as error:
         run.log.say_once(f"the model is not decoded while it trains: {error}")
         return None
+
+
+def _refuse_wide_flash(model: PreTrainedModel) -> None:
+    """Raise UserError where attention would refuse the float32 masters: training has autocast, a decode has not."""
+    attention = model.config.get_text_config()._attn_implementation
+    if attention in FLASH_ATTENTION and model.get_input_embeddings().weight.dtype == torch.float32:
+        raise UserError(f"{attention} has no float32; use attn_implementation: sdpa to decode while training")
 
 
 def _whole_state(run: Run) -> dict[str, Tensor] | None:

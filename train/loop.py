@@ -79,10 +79,10 @@ def fit(run: Run) -> None:
     with progress_of(run, start) as progress, StopRequest() as stop:
         try:
             for step, micro in zip(range(start, total), batches, strict=True):
-                tokens, stopping = train_step(run, step, micro, sums, stop.requested)
+                stopping = train_step(run, step, micro, sums, stop.requested)
                 done = step + 1
                 last = done == total
-                progress.count(tokens)
+                progress.count(recipe.batch.sequences * recipe.batch.length)
                 if due(recipe.log.every, done) or last:
                     log_step(run, done, sums, progress)
                 progress.advance(done)
@@ -90,10 +90,10 @@ def fit(run: Run) -> None:
                     if due(recipe.evaluate.every, done) and not last:
                         run.log.write(done, evaluate(run, done))
                     saving = due(recipe.checkpoint.every, done) or last
-                    if saving:
-                        run.log.write(done, decode(run, done))
                     if saving or stopping:
                         checkpoint(run, done, sums, batches.state())
+                    if saving:  # after the checkpoint: whatever goes wrong in a decode, no steps are lost
+                        run.log.write(done, decode(run, done))
                 if stopping and not last:
                     raise Interrupted(f"stopped after step {done} of {total}; run the same command to go on")
         except SourceLost:  # on every rank, before the step that lacks data
@@ -114,10 +114,8 @@ def resume(run: Run, sums: MetricSums) -> tuple[int, StreamState | None]:
     return start, stream
 
 
-def train_step(
-    run: Run, step: int, micro: list[Batch], sums: MetricSums, stop_requested: bool
-) -> tuple[int, bool]:
-    """One optimizer step over the global batch; its number of tokens, and whether any rank wants to stop."""
+def train_step(run: Run, step: int, micro: list[Batch], sums: MetricSums, stop_requested: bool) -> bool:
+    """One optimizer step over the global batch; whether any rank wants to stop."""
     recipe, accelerator = run.recipe, run.accelerator
     # 1. How many tokens count in each term, over the whole global batch.
     counts = [run.objective.count(batch) for batch in micro]
@@ -144,7 +142,7 @@ def train_step(
                     sums.add({"gradient_norm": (norm, 1.0)})
             run.optimizer.step()
             run.optimizer.zero_grad()
-    return int(max(totals)), stops > 0
+    return stops > 0
 
 
 def generator_seed(seed: int, step: int, rank: int) -> int:

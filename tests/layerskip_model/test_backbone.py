@@ -291,5 +291,18 @@ def test_rounding_passes_the_check(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_attention_that_needs_a_gpu_does_not_run_in_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is checked where it was loaded: on the CPU, in float32."""
+    model = tiny_model()
+    model.config._attn_implementation_internal = "flash_attention_2"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("FlashAttention only supports GPUs")
+
+    monkeypatch.setattr(model, "forward", refuse)
+    Backbone(model).check()
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
 def test_model_device() -> None:
     assert model_device(tiny_model()) == torch.device("cpu")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from tests.train.tiny_runs import (
     write_text,
 )
 from train import drafting, parse_recipe, train
+from train.checkpoint import list_checkpoints
 from train.engine import Engine
+from train.run import Run
+from train.run_directory import CHECKPOINTS_NAME
 
 DECODE = {"prompts": 3, "new_tokens": 12, "num_speculations": 3}
 SETTINGS: dict[str, Any] = {
@@ -196,6 +201,60 @@ def test_a_model_that_cannot_be_decoded_trains_on(
     train(parse_recipe(recipe_values(tmp_path / "run", text, **SETTINGS)))
     assert capsys.readouterr().err.count("model type 'x' cannot be decoded here") == 1
     assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_flash_attention_of_float32_masters_is_not_decoded(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would fail in a kernel, after all of the training and before the export."""
+    original = drafting.target_in_training
+
+    @contextmanager
+    def with_flash(run: Run) -> Iterator[Any]:
+        objective: Any = run.objective
+        config = objective.decodable().config
+        kept, config._attn_implementation_internal = config._attn_implementation, "flash_attention_2"
+        with original(run) as target:
+            yield target
+        config._attn_implementation_internal = kept
+
+    monkeypatch.setattr(drafting, "target_in_training", with_flash)
+    train(parse_recipe(recipe_values(tmp_path / "run", text, **SETTINGS)))
+    assert capsys.readouterr().err.count("flash_attention_2 has no float32") == 1
+    assert numbers(tmp_path / "run") == []
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a kernel failed"), OSError("no space left")])
+def test_a_decode_that_fails_costs_no_training(
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    """The run is exported, with a suggestion by held-out text, and what failed is said."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(drafting, "generate", fail)
+    directory = train(parse_recipe(recipe_values(tmp_path / "run", text, **SETTINGS)))
+    assert json.loads((directory / "run.json").read_text())["suggested"]["strategy"] == "self_speculative"
+    assert f"as nothing was decoded: {error}" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_while_decoding_comes_after_the_checkpoint(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr(drafting, "generate", fail)
+    with pytest.raises(TypeError, match="a mistake"):
+        train(parse_recipe(recipe_values(tmp_path / "run", text, **SETTINGS)))
+    saved = list_checkpoints(tmp_path / "run" / CHECKPOINTS_NAME)
+    assert [path.name for path in saved] == ["step-00000002"]
 
 
 def test_equal_tokens_are_counted_by_place() -> None:

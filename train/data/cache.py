@@ -81,5 +81,7 @@ def _put(temporary: Path, target: Path) -> None:
     except OSError:
         if is_whole(target):  # another run made the same meanwhile
             return
+        if not target.exists():
+            raise
         shutil.rmtree(target)
         temporary.rename(target)

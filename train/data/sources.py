@@ -145,11 +145,15 @@ def heldout_limit(config: DataConfig, tolerance: Tolerance) -> float | None:
     """
     if isinstance(config.heldout, list):
         return None
-    scores = [split_score(document) for source in config.train for document in source.documents(tolerance)]
-    limit = max(config.heldout, math.nextafter(min(scores), 1.0))
-    if max(scores) < limit:
+    lowest, highest, number = 1.0, 0.0, 0
+    for source in config.train:
+        for document in source.documents(tolerance):
+            score = split_score(document)
+            lowest, highest, number = min(lowest, score), max(highest, score), number + 1
+    limit = max(config.heldout, math.nextafter(lowest, 1.0))
+    if highest < limit:
         raise UserError(
-            f"data.heldout={config.heldout}: no training document is left of {len(scores)}; "
+            f"data.heldout={config.heldout}: no training document is left of {number}; "
             "give more documents or sources of their own to 'heldout'"
         )
     return limit

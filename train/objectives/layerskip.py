@@ -173,7 +173,8 @@ class LayerSkip(Objective[LayerSkipConfig]):
             rates = dropout.rates(step)
             metrics["layer_dropout/mean"] = (sum(rates) / len(rates), 1.0)
             metrics["layer_dropout/max"] = (max(rates), 1.0)
-            skipped = torch.as_tensor((~dropout.kept(step, rows)).sum(0)).to(counts.device)  # [batch]
+            dropped = torch.as_tensor((~dropout.kept(step, rows)).sum(0))
+            skipped = dropped.to(counts.device, non_blocking=True)  # [batch]; the host goes on
             metrics["layer_dropout/skipped"] = ((skipped * counts).sum(), counts.sum() * self.num_layers)
         if self.module.exit_loss.exits:
             metrics["exits_on"] = (float(len(self.module.exit_loss.at(step))), 1.0)
