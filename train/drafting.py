@@ -55,6 +55,9 @@ def decode(run: Run, done: int) -> dict[str, float]:
         except CANNOT as error:
             run.log.say(f"not decoded after step {done}: {error}")
             return {}
+    if not any(generation.accepted_lengths for generation in drafted):
+        run.log.say(f"nothing drafted after step {done}: every answer ended with its first token")
+        return {}
     numbers = summarize(written.texts, drafted) | {"predicted_speedup": best["predicted_speedup"]}
     told = " ".join(f"{name} {value}" for name, value in best["settings"].items())
     values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in numbers.items())

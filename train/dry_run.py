@@ -144,13 +144,14 @@ def data_lines(recipe: Recipe[Any]) -> list[str]:
 def memory_rows(
     recipe: Recipe[Any], objective: Objective[Any], model: PreTrainedModel, ranks: int
 ) -> list[tuple[str, bool, Estimate]]:
-    """(engine, activation checkpointing, estimate) for every engine that so many ranks have a use for."""
+    """(engine, activation checkpointing, estimate) for the engines that suit so many ranks and the optimizer."""
     parts = cut_for_rank(recipe.batch.sequences, recipe.batch.micro or recipe.batch.sequences, 0, ranks)
     needs = Needs.of(recipe, objective, model, micro=len(parts[0]), accumulates=len(parts) > 1)
     return [
         (engine, checkpointing, estimate(needs, engine, ranks, checkpointing=checkpointing))
         for engine in ENGINES
         if (engine == "one process") == (ranks == 1) or "offload" in engine
+        if engine in ("one process", "DDP") or recipe.optimizer.kind == "adamw"  # others are not for shards
         for checkpointing in (False, True)
     ]
 

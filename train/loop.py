@@ -64,6 +64,7 @@ def fit(run: Run) -> None:
     recipe, total = run.recipe, run.recipe.total_steps
     sums = MetricSums()
     start, stream = resume(run, sums)
+    stop = StopRequest()
     batches = run.data.batches(
         run.training_rows,
         sequences=recipe.batch.sequences,
@@ -74,9 +75,10 @@ def fit(run: Run) -> None:
         rank=run.accelerator.process_index,
         world=run.accelerator.num_processes,
         state=stream,
+        is_stopping=lambda: stop.requested,
     )
     done = start
-    with progress_of(run, start) as progress, StopRequest() as stop:
+    with progress_of(run, start) as progress, stop:
         try:
             for step, micro in zip(range(start, total), batches, strict=True):
                 stopping = train_step(run, step, micro, sums, stop.requested)
@@ -95,11 +97,18 @@ def fit(run: Run) -> None:
                     if saving:  # after the checkpoint: whatever goes wrong in a decode, no steps are lost
                         run.log.write(done, decode(run, done))
                 if stopping and not last:
-                    raise Interrupted(f"stopped after step {done} of {total}; run the same command to go on")
+                    raise interruption(done, total)
         except SourceLost:  # on every rank, before the step that lacks data
             if done > start:
                 checkpoint(run, done, sums, batches.state())
+            if stop.requested:
+                raise interruption(done, total) from None
             raise
+
+
+def interruption(done: int, total: int) -> Interrupted:
+    """What ends a run that was asked to stop."""
+    return Interrupted(f"stopped after step {done} of {total}; run the same command to go on")
 
 
 def resume(run: Run, sums: MetricSums) -> tuple[int, StreamState | None]:

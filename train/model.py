@@ -75,8 +75,12 @@ def _new_settings(given: dict[str, Any]) -> PreTrainedConfig:
 def _stored_settings(config: ModelConfig) -> PreTrainedConfig:
     assert config.name_or_path is not None
     path = Path(config.name_or_path)
-    if (path.exists() or path.is_absolute()) and not (path / "config.json").is_file():
-        raise UserError(f"model.name_or_path: '{path}' is no checkpoint: there is no config.json in it")
+    is_path = path.exists() or path.is_absolute() or config.name_or_path.count("/") > 1
+    if is_path and not (path / "config.json").is_file():
+        what = "is no checkpoint: there is no config.json in it" if path.exists() else "is not there"
+        raise UserError(
+            f"model.name_or_path: '{path}' {what}; name a checkpoint's directory, or train it first"
+        )
     try:
         return AutoConfig.from_pretrained(config.name_or_path)
     except Exception as error:  # a damaged file can fail in any reader

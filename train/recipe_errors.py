@@ -83,7 +83,10 @@ def nearest(name: str, choices: Iterable[str], others: Iterable[str] = ()) -> st
 
 def guess(name: str, choices: Iterable[str]) -> str:
     """' did you mean ...?', or nothing where no choice is like it."""
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    choices = list(choices)
+    initials = "".join(word[:1] for word in name.split("_"))  # learning_rate is lr here
+    abbreviated = [initials] if len(initials) > 1 and initials in choices else []
+    close = abbreviated or difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     return f" did you mean '{close[0]}'?" if close else ""
 
 

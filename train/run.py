@@ -67,6 +67,11 @@ def set_up(recipe: Recipe[Any], directory: Path, state: PartialState) -> Run:
     data = prepare(recipe.data, tokenizer_config(recipe.model), directory / DATA_NAME, state, length=length)
     for note in data.notes:
         log.say(note)
+    if not data.is_streamed and len(data.training) < recipe.batch.sequences:
+        rows = f"{len(data.training)} rows of {length} tokens"
+        log.say(
+            f"all training data are {rows}, fewer than the {recipe.batch.sequences} of a step: they repeat"
+        )
     recipe = recipe.with_total_steps(len(data.training))
     accelerator = new_accelerator(recipe, state.num_processes)
     model = build_model(recipe.model, data.tokenizer, length, recipe.seed)

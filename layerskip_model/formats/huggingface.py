@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
@@ -63,7 +64,7 @@ def load_model(
     _require_checkpoint(name_or_path)
     loaded: Any
     try:
-        with _without_warnings():
+        with _without_warnings(), nullcontext() if sys.stderr.isatty() else no_progress_bar():
             loaded = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
                 dtype=DTYPES[dtype],

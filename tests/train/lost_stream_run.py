@@ -1,4 +1,7 @@
-"""python -m tests.train.lost_stream_run RECIPE ROWS: train, with streams that cannot be read after so many rows."""
+"""python -m tests.train.lost_stream_run RECIPE ROWS [PAUSE]: train, with streams that cannot be read after ROWS rows.
+
+PAUSE: seconds before each of two more attempts.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def read_row(self: Any, plain: Any = streams.DocumentStream._read_row) -> Any:
 
 if __name__ == "__main__":
     stream_rows._CHUNK_DOCUMENTS = 4  # reads less ahead, so that some steps are done before the loss
-    streams.RETRY_SECONDS = (0.01, 0.01)
+    streams.RETRY_SECONDS = (float(sys.argv[3]) if len(sys.argv) > 3 else 0.01,) * 2
     streams.DocumentStream._read_row = read_row  # type: ignore[method-assign]
     sys.argv = ["train", sys.argv[1]]
     run_app(app, "python -m train")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from layerskip_model.jsonl import read_rows
 from tests.chats import PLAIN, talk
 from tests.train.data_files import write_jsonl
@@ -47,6 +49,8 @@ def test_conversations_train_and_are_held_out(tmp_path: Path) -> None:
     assert run.returncode == 0, told
     assert told.count("passed over malformed row") == 2
     assert any("loss" in line for line in log_lines(tmp_path / "run"))
+    exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
+    assert exported.chat_template == PLAIN  # what it was trained with
     finished = json.loads((tmp_path / "run" / "run.json").read_text())
     for _, row in read_rows(tmp_path / "run" / finished["heldout"]):
         assert row["response"] == "no"

@@ -129,7 +129,7 @@ def test_malformed_rows_are_passed_over_as_often_as_allowed(
     told = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in told] == ["a.jsonl:2", "b.jsonl:3", "b.jsonl:4"]
     assert told[0].startswith("passed over malformed row 1 of at most 3: a.jsonl:2: not JSON")
-    with pytest.raises(UserError, match=r"^b\.jsonl:6: not UTF-8.*data\.skip_malformed: 3 is too few"):
+    with pytest.raises(UserError, match=r"^b\.jsonl:6: not UTF-8.*set data\.skip_malformed, now 3"):
         next(stream)
     again = Tolerance(3, tolerance.passed)  # after a resume
     assert [document.text for document in first.documents(again)] == ["x", "y"]

@@ -106,3 +106,13 @@ def test_a_model_that_cannot_be_reached_is_one_line(capsys: pytest.CaptureFixtur
         shown(capsys, model={"name_or_path": "nobody/nothing"})
     assert str(caught.value).startswith("model.name_or_path: 'nobody/nothing' cannot be loaded")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("optimizer", "shards"), [("adamw", True), ("muon", False)])
+def test_engines_that_the_optimizer_is_not_for_are_left_out(
+    capsys: pytest.CaptureFixture[str], optimizer: str, shards: bool
+) -> None:
+    rates = {"lr": 0.01} | ({"adamw_lr": 0.001} if optimizer == "muon" else {})
+    text = shown(capsys, optimizer={"kind": optimizer} | rates)
+    assert "one process" in text
+    assert ("offload" in text) == shards

@@ -62,7 +62,7 @@ def test_the_recipe_that_the_others_change_is_valid() -> None:
         ("model__tokeniser", {}, "tokenizer"),
         ("model__tokenizer__train__vocab", 300, "vocab_size"),
         ("data__heldot", 0.1, "heldout"),
-        ("optimizer__learning_rate", 0.1, None),
+        ("optimizer__learning_rate", 0.1, "lr"),
         ("optimizer__beta", [0.9, 0.9], "betas"),
         ("optimizer", {"kind": "muon", "lr": 1.0, "adamw_lr": 1.0, "momentun": 0.9}, "momentum"),
         ("objective__layer_drop", {}, "layer_dropout"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,19 @@ def test_a_run_over_a_stream_that_is_lost_goes_on_as_if_nothing_had_been(folder:
     assert [row["step"] for row in log_lines(folder / "lost")] == [
         row["step"] for row in log_lines(folder / "whole")
     ]
+
+
+def test_a_run_that_waits_for_its_source_stops_when_asked(folder: Path) -> None:
+    """SIGTERM in a pause between two attempts: the steps are saved, and nothing waits for the pause's end."""
+    recipe = write_recipe(folder / "away.yaml", streamed_recipe(folder, "away"))
+    run = start("-m", "tests.train.lost_stream_run", str(recipe), "20", "1000")
+    assert run.stderr is not None
+    told = ""
+    while "trying again in 1000 s" not in told:
+        line = run.stderr.readline()
+        assert line, told
+        told += line
+    run.send_signal(signal.SIGTERM)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130, told + said
+    assert "run the same command to go on" in said

@@ -62,8 +62,9 @@ class Tolerance:
         if str(error) in self.passed:
             return
         if len(self.passed) >= self.limit:
-            key = f"data.skip_malformed: {self.limit}"
-            raise UserError(f"{error} (or pass over such rows: {key} is too few)") from error
+            raise UserError(
+                f"{error} (to pass over such rows set data.skip_malformed, now {self.limit}, to how many at most)"
+            ) from error
         self.passed.append(str(error))
         if not self.quiet:
             count = f"{len(self.passed)} of at most {self.limit}"

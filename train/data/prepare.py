@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,10 +67,12 @@ class PreparedData:
         rank: int = 0,
         world: int = 1,
         state: StreamState | None = None,
+        is_stopping: Callable[[], bool] = bool,
     ) -> Batches:
         """One rank's micro-batches of steps start..stop-1: `rows` are `training` or what a method made of them.
 
-        `state` is what `Batches.state` gave after step start - 1. Raises UserError for a method that makes rows
+        `state` is what `Batches.state` gave after step start - 1; `is_stopping` whether not to wait for a source that
+        is away. Raises UserError for a method that makes rows
         of its own, where they are streamed.
         """
         if not self.is_streamed:
@@ -81,7 +84,7 @@ class PreparedData:
             )
         assert start == 0 or rank > 0 or state is not None, "a stream goes on from a state"
         return StreamBatches(
-            lambda: self._mixer(seed, state), sequences, micro, start, stop, rank, world, state
+            lambda: self._mixer(seed, state), sequences, micro, start, stop, rank, world, state, is_stopping
         )
 
     def _weights(self) -> list[float] | None:
@@ -155,12 +158,15 @@ def prepare(
         "train", numbers, parts["train"], training, wanted=[bool(weight) for weight in weights]
     )
     _refuse_too_little("heldout", list(range(len(heldout))), parts["heldout"], heldout)
+    pretrained = load_tokenizer(made["tokenizer"])
+    if config.chat_template is not None:  # the export has to write conversations as training did
+        pretrained.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     return PreparedData(
         config=config,
         length=length,
         training=JoinedRows(training),
         heldout=JoinedRows(heldout),
-        tokenizer=load_tokenizer(made["tokenizer"]),
+        tokenizer=pretrained,
         heldout_prompts=Path(made["prompts"]) / "heldout.jsonl",
         stored=dict(zip(numbers, training, strict=True)),
         notes=_notes("train", numbers, training) + _notes("heldout", list(range(len(heldout))), heldout),

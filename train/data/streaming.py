@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from train.data.examples import Tolerance
 from train.data.mixing import EpochOrder, SourceOrder
 from train.data.packing import Rows
 from train.data.stream_rows import Row, SourceRows, StreamState
+from train.data.streams import SourceLost
 
 _STEPS_AHEAD = 4
 Snapshot = Callable[[], StreamState]
@@ -115,6 +116,7 @@ class StreamBatches:
     rank: int
     world: int
     begun: StreamState | None  # what `state` was after step start - 1
+    is_stopping: Callable[[], bool] = bool  # whether to give up waiting for a source that is away
     _snapshot: Snapshot | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -142,7 +144,7 @@ class StreamBatches:
         message: list[Any] = [None]
         error: Exception | None = None
         if ahead is not None:
-            item = ahead.next()
+            item = ahead.next(self.is_stopping)
             if isinstance(item, Exception):
                 error = item
                 message[0] = (
@@ -179,8 +181,13 @@ class _Ahead:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def next(self) -> Any:
-        return self._items.get()
+    def next(self, is_stopping: Callable[[], bool]) -> Any:
+        """The next item; SourceLost where there is none yet and nobody wants to wait any longer."""
+        while True:
+            with suppress(Empty):
+                return self._items.get(timeout=0.5)
+            if is_stopping():
+                return SourceLost("data.train: stopped while waiting for a source")
 
     def close(self) -> None:
         """Let the thread end; one that waits for a lost source is left behind."""
