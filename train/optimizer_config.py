@@ -12,10 +12,10 @@ from train.section import Section
 Betas = Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
 
 
-class AdamWConfig(Section):
-    """torch's AdamW for every parameter; no weight decay on vectors."""
+class OptimizerSection(Section):
+    """What every optimizer has."""
 
-    kind: Literal["adamw"]
+    kind: str
     lr: float = Field(gt=0.0, description="the full learning rate, which schedule multiplies")
     betas: Betas = Field([0.9, 0.95], description="decay of AdamW's two running averages")
     eps: float = Field(1e-8, gt=0.0, description="added to AdamW's denominator")
@@ -25,35 +25,28 @@ class AdamWConfig(Section):
     clip_norm: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: don't clip")
 
 
-class AdamW8bitConfig(Section):
+class AdamWConfig(OptimizerSection):
+    """torch's AdamW for every parameter; no weight decay on vectors."""
+
+    kind: Literal["adamw"]
+
+
+class AdamW8bitConfig(OptimizerSection):
     """AdamW with 8-bit averages for the matrices of the decoder layers (arXiv 2110.02861; pip install bitsandbytes).
 
     Embeddings, head and vectors keep 32-bit averages, as its authors advise. One process or DDP.
     """
 
     kind: Literal["adamw_8bit"]
-    lr: float = Field(gt=0.0, description="the full learning rate, which schedule multiplies")
-    betas: Betas = Field([0.9, 0.95], description="decay of AdamW's two running averages")
-    eps: float = Field(1e-8, gt=0.0, description="added to AdamW's denominator")
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled, times the learning rate; of matrices only"
-    )
-    clip_norm: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: don't clip")
 
 
-class MuonConfig(Section):
-    """torch's Muon for the matrices of the decoder layers, AdamW for everything else."""
+class MuonConfig(OptimizerSection):
+    """torch's Muon for the matrices of the decoder layers, AdamW for everything else. One process or DDP."""
 
     kind: Literal["muon"]
     lr: float = Field(gt=0.0, description="of the matrices; schedule multiplies it")
-    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="of Muon, Nesterov's")
     adamw_lr: float = Field(gt=0.0, description="of embeddings, head and vectors; schedule multiplies it")
-    betas: Betas = Field([0.9, 0.95], description="decay of AdamW's two running averages")
-    eps: float = Field(1e-8, gt=0.0, description="added to AdamW's denominator")
-    weight_decay: float = Field(
-        0.1, ge=0.0, description="decoupled, times the learning rate; of matrices only"
-    )
-    clip_norm: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: don't clip")
+    momentum: float = Field(0.95, ge=0.0, lt=1.0, description="of Muon, Nesterov's")
 
 
 AnyOptimizer = AdamWConfig | AdamW8bitConfig | MuonConfig
