@@ -149,7 +149,7 @@ def test_checkpoints_that_are_none(tmp_path: Path, checkpoint: str) -> None:
         UserError, match=r"^model\.name_or_path: '.*' is no checkpoint: there is no config\.json"
     ):
         outline_model(existing(str(tmp_path)))
-    with pytest.raises(UserError, match="is no checkpoint"):
+    with pytest.raises(UserError, match="is not there; name a checkpoint's directory"):
         outline_model(existing(str(tmp_path / "missing")))
     with pytest.raises(UserError, match="is no checkpoint"):
         outline_model(existing(str(Path(checkpoint) / "config.json")))
