@@ -93,12 +93,12 @@ def test_nothing_counts_where_all_labels_are_ignored() -> None:
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(
+    ("kind", "attention"),  # transformers has no sdpa for Gemma-2's attention soft caps
+    [("llama", "sdpa"), ("llama", "eager"), ("mistral", "sdpa"), ("mistral", "eager"), ("gemma2", "eager")],
+)
 def test_documents_of_a_row_do_not_see_each_other(kind: str, attention: str) -> None:
     """With layer dropout, and sliding windows: a row of two documents is the two documents in rows of their own."""
-    if kind == "gemma2" and attention == "sdpa":
-        pytest.skip("transformers has no sdpa for attention soft caps")
     model = tiny_model(kind, attention=attention)
     module = EarlyExitModel(model, exit_loss(), half_dropped()).train()
     inputs, labels = batch(rows=6, length=14, ignored=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,7 +63,6 @@ def test_frozen_maps_cost_a_third_less_and_adapters_count() -> None:
     assert frozen.layers == tuple(cost * 4 / 6 for cost in whole.layers)
     assert frozen.head == whole.head * 4 / 6
     assert (frozen.attention, frozen.forward_layers) == (whole.attention, whole.forward_layers)
-    peft = pytest.importorskip("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
     assert model_flops(model).layers == tuple(cost + 6 * (2 * 32 + 2 * 32) for cost in frozen.layers)
 

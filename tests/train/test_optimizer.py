@@ -267,7 +267,6 @@ def test_8_bit_without_its_package_or_on_shards(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_8_bit_states_go_through_a_file(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
 
     def wide() -> Toy:
         objective = Toy()
