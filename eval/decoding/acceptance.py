@@ -7,7 +7,7 @@ nothing but a root.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,7 +42,17 @@ class Outcome:
 
 
 class Rule(ABC):
-    """How tokens are chosen, on both sides."""
+    """How tokens are chosen, on both sides.
+
+    Attributes:
+        shaping: what is done to logits before; None for nothing.
+    """
+
+    shaping: Shaping | None
+
+    def shaped(self, state: State, logits: Tensor, draft: Draft) -> Tensor:
+        """What the rule looks at in place of the logits [batch, m, vocab] of a draft's last m nodes."""
+        return logits if self.shaping is None else self.shaping.after_nodes(state, logits, draft)
 
     def begin(self, state: State) -> None:  # noqa: B027
         """Before the prefill of a decode."""
@@ -74,30 +84,27 @@ class Greedy(Rule):
         return logits.argmax(dim=-1), None
 
     def accept(self, state: State, logits: Tensor, draft: Draft) -> Outcome:
-        """See `greedy`."""
-        if self.shaping is None:
-            return greedy(logits, draft)
-        shaped = self.shaping.after_nodes(state, logits, draft)
-        return replace(greedy(shaped, draft), logits=logits)
+        """Accept the longest path on which every token is the target's argmax after its parent."""
+        return follow(self.shaped(state, logits, draft).argmax(dim=-1), logits, draft)
 
 
-def greedy(logits: Tensor, draft: Draft) -> Outcome:
-    """Accept the longest path on which every token is the target's argmax after its parent.
+def follow(choices: Tensor, logits: Tensor, draft: Draft) -> Outcome:
+    """Accept the longest path on which every token is the target's choice after its parent.
 
-    Logits [batch, n, vocab]. The bonus is the argmax after the last accepted node.
+    `choices` [batch, n]: what the target would say after each node, whatever was drafted there; -1 for nothing. The
+    bonus is its choice after the last accepted node.
     """
-    best = logits.argmax(dim=-1)  # [batch, n]
     proposed = draft.tokens
     if not draft.is_complete:
-        proposed = torch.where(draft.valid & draft.candidate, proposed, -1)  # no argmax equals -1
-    columns = [proposed, best] if draft.is_chain else [proposed, best, draft.parents]
+        proposed = torch.where(draft.valid & draft.candidate, proposed, -2)  # no choice equals -2
+    columns = [proposed, choices] if draft.is_chain else [proposed, choices, draft.parents]
     host = torch.stack(columns, dim=1).tolist()  # the step's one synchronisation
     chain = list(range(-1, draft.num_nodes - 1))
     outcome = Outcome(draft, [], [], [], logits)
-    for tokens, choices, *rest in host:
-        path = longest_path(tokens, choices, rest[0] if rest else chain)
+    for tokens, chosen, *rest in host:
+        path = longest_path(tokens, chosen, rest[0] if rest else chain)
         outcome.path.append(path)
-        outcome.tokens.append([choices[node] for node in path])  # a child's token is its parent's choice
+        outcome.tokens.append([chosen[node] for node in path])  # a child's token is its parent's choice
         outcome.drafted.append(sum(token >= 0 for token in tokens[1:]))
     return outcome
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.decoding.acceptance import Outcome, Rule
+from eval.decoding.acceptance import Outcome, Rule, follow
 from eval.decoding.shaping import Shaping
 from eval.decoding.tree import Draft
 from layerskip_model.errors import UserError
@@ -43,8 +43,15 @@ class Sampling(Rule):
     the step that gets there. The target's own token takes its number by its place too, after accepted drafts
     as after a rejected one.
 
+    Drafts that were not drawn (q is None: looked up, or the likeliest children of a tree's node) are tried with the
+    target's own token: it is drawn after every node by its place's number, and where a child says the same the path
+    goes on there. Trying children one by one, each with the probability that is left to it, accepts with the
+    same probabilities; but so the output is, token by token, the one that plain sampling draws from the same stream.
+
     One decode at a time: `begin` draws the numbers for all its rows.
     """
+
+    shaping: Shaping
 
     def __init__(self, shaping: Shaping, seed: int) -> None:
         self.shaping = shaping
@@ -66,26 +73,37 @@ class Sampling(Rule):
     def accept(self, state: State, logits: Tensor, draft: Draft) -> Outcome:
         """Accept drafts up to the first rejection and draw the target's own token.
 
-        Raises ValueError for a tree, and for drafts that come without the distribution they were drawn from;
-        UserError where no token has a probability.
+        Raises ValueError for a tree of drawn tokens; UserError where no token has a probability.
         """
-        if draft.num_nodes > 1 and (draft.q is None or not draft.is_chain):
-            raise ValueError("sampling verifies chains whose tokens were drawn by `Rule.draft` only")
-        # 1. The target's distribution after every node.
-        p = self.shaping.after_nodes(state, logits, draft).softmax(dim=-1)  # [batch, n, vocab]
+        p = self.shaped(state, logits, draft).softmax(dim=-1)  # [batch, n, vocab], the target's distribution
+        if draft.q is None:
+            return self._follow(state, p, logits, draft)
+        return self._reject(state, p, draft.q, logits, draft)
+
+    def _follow(self, state: State, p: Tensor, logits: Tensor, draft: Draft) -> Outcome:
+        """Draw the target's own token after every node, and take the path that says the same."""
+        own = draw(p, self._numbers(draft.position + 1, OWN))  # [batch, n]
+        possible = p.gather(2, own[..., None])[..., 0] > 0
+        outcome = follow(torch.where(possible, own, -1), logits, draft)
+        for row, tokens in enumerate(outcome.tokens):
+            if -1 in tokens and not state.finished[row]:
+                raise UserError(no_token(row))
+        return outcome
+
+    def _reject(self, state: State, p: Tensor, q: Tensor, logits: Tensor, draft: Draft) -> Outcome:
+        """Speculative sampling of a chain that was drawn from q, [batch, n - 1, vocab]."""
+        if not draft.is_chain:
+            raise ValueError("drawn drafts are verified in chains only; a tree's tokens must not be drawn")
         drafts = draft.tokens[:, 1:]  # [batch, n - 1]
         proposed = (draft.valid & draft.candidate)[:, 1:]
-        if draft.q is None:  # nothing was drafted
-            taken, weights = torch.zeros_like(draft.tokens), p
-        else:
-            # 2. Accept drafts up to the first that is rejected or not up for acceptance.
-            kept = self._numbers(draft.position[:, 1:], ACCEPT) < acceptance(p[:, :-1], draft.q, drafts)
-            taken = (kept & proposed).cumprod(dim=1).sum(dim=1, keepdim=True)  # [batch, 1]
-            weights = own_weights(p, draft.q, proposed, taken)  # [batch, 1, vocab]
-        # 3. Draw the target's own token after the last accepted node.
+        # 1. Accept drafts up to the first that is rejected or not up for acceptance.
+        kept = self._numbers(draft.position[:, 1:], ACCEPT) < acceptance(p[:, :-1], q, drafts)
+        taken = (kept & proposed).cumprod(dim=1).sum(dim=1, keepdim=True)  # [batch, 1]
+        # 2. Draw the target's own token after the last accepted node.
+        weights = own_weights(p, q, proposed, taken)  # [batch, 1, vocab]
         own = draw(weights, self._numbers(draft.position.gather(1, taken) + 1, OWN))  # [batch, 1]
         possible = weights.gather(2, own[..., None])[..., 0] > 0
-        # 4. Tell the host: the step's one synchronisation.
+        # 3. Tell the host: the step's one synchronisation.
         columns = [taken, own, possible, proposed.sum(dim=1, keepdim=True), drafts]
         outcome = Outcome(draft, [], [], [], logits)
         for row, (count, token, ok, drafted, *tokens) in enumerate(torch.cat(columns, dim=1).tolist()):

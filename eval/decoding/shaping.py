@@ -161,14 +161,16 @@ class Shaping:
         return self._without_context(logits)
 
     def after_nodes(self, state: State, logits: Tensor, draft: Draft) -> Tensor:
-        """Shape what the target thinks after each node of a draft, logits [batch, n, vocab].
+        """Shape what follows the last m nodes of a draft (all of them, mostly), logits [batch, m, vocab].
 
         Float32, or float64 as the logits are. Waits for the device only where the draft is a tree and a
         setting looks at the text.
         """
         logits = _precise(logits)
         if self.contextual:
-            logits = self._in_context(state, logits, draft.tokens, node_paths(draft))
+            first = draft.num_nodes - logits.shape[1]
+            paths = [nodes[first:] for nodes in node_paths(draft)]
+            logits = self._in_context(state, logits, draft.tokens, paths)
         return self._without_context(logits)
 
     def _in_context(self, state: State, logits: Tensor, tokens: Tensor, paths: list[list[Path]]) -> Tensor:

@@ -217,7 +217,7 @@ def prefill(state: State, drafter: Drafter, prompts: list[list[int]]) -> tuple[T
 
 def verify(state: State, drafter: Drafter, draft: Draft) -> tuple[Tensor, dict[int, Tensor]]:
     """Run the target over a draft. Returns logits [batch, n, vocab] and the states that the drafter needs."""
-    assert draft.num_nodes <= drafter.max_nodes, "a draft is larger than its drafter's max_nodes"
+    assert draft.span <= drafter.max_nodes, "a draft is larger than its drafter's max_nodes"
     runner = state.runner
     context = state.context(draft)
     inputs = draft.tokens if draft.hidden is None else draft.hidden  # [batch, n] or [batch, n, hidden]

@@ -17,7 +17,7 @@ class Draft:
         parents: [batch, n], each smaller than its node's own index; -1 for the root (and for padding).
         position: [batch, n] in the text: the root's is the committed length, a child's one more than its
             parent's; padding may repeat the root's.
-        slot: [batch, n] in the cache: distinct, in length..length+n-1 of its row; the root's is `length`.
+        slot: [batch, n] in the cache: distinct, in length..length+span-1 of its row; the root's is `length`.
         valid: [batch, n]; False marks padding.
         candidate: [batch, n]; False marks rows that ride along in the forward and are never accepted.
         entry_layer: the first layer that has not run yet for these nodes.
@@ -26,6 +26,8 @@ class Draft:
             [batch, n - 1, vocab].
         visible: [batch, n, n], True where node i sees node j (always itself); None for the rule of trees, its
             ancestors and itself. All nodes see the committed prefix.
+        made: how many slots its making took, where that is more than its nodes: a drafter that made nodes and
+            dropped them again leaves gaps.
         is_chain: every node's parent is the node before it, slot = position, `visible` is None. Known without
             looking.
         is_complete: every node is a valid candidate. Known without looking; False where it is not known.
@@ -41,6 +43,7 @@ class Draft:
     hidden: Tensor | None = None
     q: Tensor | None = None
     visible: Tensor | None = None
+    made: int = 0
     is_chain: bool = False
     is_complete: bool = False
 
@@ -48,6 +51,11 @@ class Draft:
     def num_nodes(self) -> int:
         """Nodes per row of the batch, root and padding included."""
         return self.tokens.shape[1]
+
+    @property
+    def span(self) -> int:
+        """The slots after the committed prefix that its nodes lie in, gaps included."""
+        return max(self.made, self.num_nodes)
 
 
 def ancestor_mask(parents: Tensor) -> Tensor:
@@ -64,14 +72,14 @@ def ancestor_mask(parents: Tensor) -> Tensor:
     return reach
 
 
-def by_slot(visible: Tensor, slot: Tensor) -> Tensor:
-    """Turn a mask over nodes into one over slots.
+def by_slot(visible: Tensor, slot: Tensor, span: int) -> Tensor:
+    """Turn a mask over nodes into one over slots. Slots of no node are seen by nobody.
 
     Shapes: visible [batch, rows, n] over nodes; slot [batch, n] counted from the row's committed length ->
-    [batch, rows, n] over slots.
+    [batch, rows, span] over slots.
     """
     index = slot[:, None].expand_as(visible)
-    return torch.zeros_like(visible).scatter(2, index, visible)
+    return visible.new_zeros((*visible.shape[:2], span)).scatter(2, index, visible)
 
 
 def after_prefix(visible: Tensor, length: Tensor, extent: int) -> Tensor:

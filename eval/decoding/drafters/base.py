@@ -13,11 +13,10 @@ from torch import Tensor
 from eval.decoding.acceptance import Outcome, Rule
 from eval.decoding.cache import SlotView, SpanView
 from eval.decoding.capture import new_cache
+from eval.decoding.settings import Range
 from eval.decoding.tree import Draft, after_prefix, ancestor_mask, by_slot
 from layerskip_model.context import Context
 from layerskip_model.runner import Runner
-
-Range = tuple[int, int | None]  # lowest and highest value of a setting; None: no upper limit
 
 
 class State:
@@ -84,20 +83,29 @@ class State:
         return min(wanted, max(self._rooms()) - 1)
 
     def chain(
-        self, tokens: Tensor, entry_layer: int = 0, hidden: Tensor | None = None, q: Tensor | None = None
+        self,
+        tokens: Tensor,
+        entry_layer: int = 0,
+        hidden: Tensor | None = None,
+        q: Tensor | None = None,
+        drafted: Tensor | None = None,
     ) -> Draft:
-        """The chain of these tokens [batch, n], the first of which is the root."""
+        """The chain of these tokens [batch, n], the first of which is the root.
+
+        `drafted` [batch, 1]: how many of them, beside the root, are drafts where rows differ; the others are padding.
+        """
         n = tokens.shape[1]
         shape = (self.batch, n)
         true = self._true[:, :n].expand(shape)
-        is_complete = min(self._rooms()) >= n
+        is_complete = min(self._rooms()) >= n and drafted is None
+        limit = self._room if drafted is None else torch.minimum(self._room, drafted + 1)
         position = self.length + self._nodes[:, 1 : n + 1]
         return Draft(
             tokens=tokens,
             parents=self._nodes[:, :n].expand(shape),
             position=position,
             slot=position,
-            valid=true if is_complete else self._nodes[:, 1 : n + 1] < self._room,
+            valid=true if is_complete else self._nodes[:, 1 : n + 1] < limit,
             candidate=true,
             entry_layer=entry_layer,
             hidden=hidden,
@@ -115,8 +123,8 @@ class State:
         if draft.is_chain:
             return self.chain_context(first, stop - first)
         visible = ancestor_mask(draft.parents) if draft.visible is None else draft.visible
-        visible = by_slot(visible[:, first:stop], draft.slot - self.length)
-        extent = max(self.lengths) + draft.num_nodes
+        visible = by_slot(visible[:, first:stop], draft.slot - self.length, draft.span)
+        extent = max(self.lengths) + draft.span
         key_position = self.tables.position[:, :extent].expand(self.batch, -1)
         key_position = key_position.scatter(1, draft.slot, draft.position)
         if self._start is not None:
@@ -152,7 +160,7 @@ class Drafter(ABC):
         depth: the target is the model's first `depth` layers and its LM head.
         needs: layers whose outgoing states are handed to `start` and `advance`. After a draft that entered in
             mid-stack those below its entry layer are missing: the drafter made them itself.
-        max_nodes: the largest tree it proposes, the root included.
+        max_nodes: the largest `span` of its drafts, the root included.
     """
 
     Settings: ClassVar[type[Any]]
@@ -166,7 +174,7 @@ class Drafter(ABC):
 
     @classmethod
     def ranges(cls, runner: Runner) -> dict[str, Range]:
-        """The valid range of each whole-number setting on this model."""
+        """The valid range of each setting that is a number, on this model."""
         return {}
 
     def start(self, state: State, prompts: list[list[int]], hidden: dict[int, Tensor]) -> None:  # noqa: B027

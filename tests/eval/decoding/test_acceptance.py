@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eval.decoding.acceptance import Greedy, greedy, longest_path
+from eval.decoding.acceptance import Greedy, Outcome, follow, longest_path
 from eval.decoding.shaping import Shaping
 from eval.decoding.tree import Draft
 
@@ -49,6 +49,10 @@ def draft_of(tokens: list[list[int]], parents: list[list[int]], **changes: Tenso
         "candidate": torch.ones(shape, dtype=torch.bool),
     }
     return Draft(**{**fields, **changes})
+
+
+def greedy(logits: Tensor, draft: Draft) -> Outcome:
+    return follow(logits.argmax(dim=-1), logits, draft)
 
 
 def test_chain_tokens_end_with_the_targets_own() -> None:

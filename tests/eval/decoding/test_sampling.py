@@ -270,12 +270,10 @@ def test_numbers_depend_on_seed_stream_place_and_purpose_alone() -> None:
     assert np.abs(big.mean(axis=0) - 0.5).max() < 0.03
 
 
-def test_trees_and_drafts_of_unknown_origin_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trees_of_drawn_tokens_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = torch.zeros((1, 4, 3), dtype=torch.float64)
     p = torch.full((1, 3, 2), 0.5, dtype=torch.float64)
     tokens = torch.tensor([[0, 1, 1]])
-    with pytest.raises(ValueError, match=r"drawn by `Rule\.draft`"):
-        accept_with(numbers, p, chain(tokens, None), monkeypatch)
     tree = Draft(**{**vars(chain(tokens, p[:, :2])), "is_chain": False})
     with pytest.raises(ValueError, match="chains"):
         accept_with(numbers, p, tree, monkeypatch)

@@ -43,9 +43,9 @@ def test_ancestor_mask(parents: list[int]) -> None:
 
 def test_masks_over_slots_and_prefix() -> None:
     visible = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) > 0.5
-    slot = torch.tensor([[0, 3, 1, 2], [0, 1, 2, 3]])
-    length = torch.tensor([[2], [5]])
-    seen = after_prefix(by_slot(visible, slot), length, 10)
+    slot = torch.tensor([[0, 3, 1, 5], [0, 1, 2, 3]])  # with gaps in the first row
+    length = torch.tensor([[2], [3]])
+    seen = after_prefix(by_slot(visible, slot, 6), length, 10)
     assert seen.shape == (2, 3, 10)
     for row in range(2):
         for node in range(3):
