@@ -1,4 +1,4 @@
-"""python -m eval {generate, benchmark, exits, answers, compare}; flags have underscores, dashes work too."""
+"""python -m eval {generate, benchmark, correctness, exits, answers, compare}; --under_score or --dash-ed flags."""
 
 from __future__ import annotations
 
@@ -8,106 +8,75 @@ from typing import Annotated, Any
 
 import typer
 
-from eval.command_line import output_directory, run_app, truth, whole_numbers
+from eval.command_line import output_directory, truth, whole_numbers
+from eval.flags import (
+    ChoosingFlags,
+    Drafting,
+    ExitLayer,
+    Loading,
+    NumSpeculations,
+    OutputDir,
+    Prompts,
+    given,
+    with_flags,
+)
+from layerskip_model.command_line import flag, run_app
 from layerskip_model.errors import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-
-def _flag(name: str, text: str, **how: Any) -> Any:
-    spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-    return typer.Option(*spellings, help=text, **how)
-
-
-Model = Annotated[str | None, _flag("model", "checkpoint directory or hub name")]
-Run = Annotated[str | None, _flag("run", "output_dir of a finished training run, in place of --model")]
-ExitLayer = Annotated[int | None, _flag("exit_layer", "E: the first E layers draft")]
-NumSpeculations = Annotated[int | None, _flag("num_speculations", "d: drafts a step")]
-Temperature = Annotated[float | None, _flag("temperature", "of the sampling, above 0")]
-TopK = Annotated[int | None, _flag("top_k", "sample among the k most likely tokens; 0: all")]
-TopP = Annotated[
-    float | None, _flag("top_p", "sample among the most likely tokens of this total probability")
-]
-Seed = Annotated[int, _flag("seed", "of all random numbers")]
 Compile = Annotated[
-    bool, _flag("compile", "capture passes: torch.compile on a CPU, CUDA graphs on a GPU; slow to start")
-]
-Dtype = Annotated[
-    str | None, _flag("dtype", "float32 (default on a CPU), bfloat16 (on a GPU), float16, float64")
-]
-Device = Annotated[str | None, _flag("device", "cpu, cuda, cuda:1, ...; default: the first GPU if any")]
-DeviceMap = Annotated[
-    str | None, _flag("device_map", "auto: over all GPUs, then the CPU, then the disk, in place of --device")
-]
-Quantization = Annotated[
-    str | None, _flag("quantization", "4bit or 8bit: weights by bitsandbytes, on a CUDA GPU")
-]
-Attention = Annotated[
-    str | None,
-    _flag("attn_implementation", "sdpa, eager or flash_attention_2; default: transformers' choice"),
+    bool, flag("compile", "capture passes: torch.compile on a CPU, CUDA graphs on a GPU; slow to start")
 ]
 
 
 @app.command()
+@with_flags
 def generate(
-    model: Model = None,
-    run: Run = None,
+    *,
+    loading: Loading,
     prompt: Annotated[
         list[str] | None,
-        _flag(
+        flag(
             "prompt",
             "text to continue; without it prompts are read line by line. Repeated: one batch, printed one after "
             "another on a terminal, elsewhere as one JSON object a line with prompt, text and finish_reason",
         ),
     ] = None,
     generation_strategy: Annotated[
-        str, _flag("generation_strategy", "autoregressive (alias greedy) or self_speculative")
+        str,
+        flag(
+            "generation_strategy",
+            "autoregressive (alias greedy), self_speculative, speculative_sampling, prompt_lookup or lookahead",
+        ),
     ] = "autoregressive",
-    exit_layer: ExitLayer = None,
-    num_speculations: NumSpeculations = None,
-    max_steps: Annotated[int, _flag("max_steps", "new tokens at most")] = 512,
-    stop: Annotated[list[str] | None, _flag("stop", "end when this text appears; may be repeated")] = None,
+    max_steps: Annotated[int, flag("max_steps", "new tokens at most")] = 512,
+    stop: Annotated[list[str] | None, flag("stop", "end when this text appears; may be repeated")] = None,
+    drafting: Drafting,
     sample: Annotated[
-        str, _flag("sample", "True: draw tokens; False: always the most likely", metavar="TRUE|FALSE")
+        str, flag("sample", "True: draw tokens; False: always the most likely", metavar="TRUE|FALSE")
     ] = "False",
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    seed: Seed = 0,
+    choosing: ChoosingFlags,
     compile: Compile = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    attn_implementation: Attention = None,
 ) -> None:
     """Continue prompts. autoregressive with an exit layer exits early, unverified."""
     from eval.choosing import Choosing
     from eval.decoding.strategies import strategy_name
     from eval.generate import Generator, interact
-    from eval.target import load_target, with_captured_passes
+    from eval.target import with_captured_passes
 
     if "" in (prompt or []):
         raise UserError("--prompt '': is empty; give some text to continue, or leave it out to type prompts")
     strategy = strategy_name(generation_strategy)  # before a large model is loaded
-    choosing = Choosing(truth(sample), temperature, top_k, top_p, seed)
-    target = load_target(
-        model,
-        run,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        quantization=quantization,
-        attn_implementation=attn_implementation,
-    )
+    chosen = Choosing(truth(sample), **given(choosing))
+    target = loading.load()
     generator = Generator.make(
         with_captured_passes(target) if compile else target,
         strategy,
         max_new_tokens=max_steps,
         stop=stop or [],
-        choosing=choosing,
-        exit_layer=exit_layer,
-        num_speculations=num_speculations,
+        choosing=chosen,
+        **given(drafting),
     )
     if prompt:
         generator.show(prompt)
@@ -116,79 +85,55 @@ def generate(
 
 
 @app.command()
+@with_flags
 def benchmark(
-    model: Model = None,
-    run: Run = None,
+    *,
+    loading: Loading,
     strategies: Annotated[
-        str, _flag("strategies", "comma-separated")
-    ] = "autoregressive,self_speculative,hf_generate,hf_early_exit",
-    exit_layer: ExitLayer = None,
-    num_speculations: NumSpeculations = None,
-    dataset: Annotated[str, _flag("dataset", "a JSONL file with prompt or turns, or heldout")] = "heldout",
-    num_samples: Annotated[
-        int | None, _flag("num_samples", "prompts; default: 32, or all of a smaller file")
+        str | None,
+        flag(
+            "strategies",
+            "NAME[:KEY=VALUE]..., comma-separated: settings of one entry alone may follow its name",
+        ),
     ] = None,
-    max_steps: Annotated[int, _flag("max_steps", "new tokens a prompt")] = 128,
-    batch_size: Annotated[int, _flag("batch_size", "prompts decoded together")] = 1,
+    drafting: Drafting,
+    prompts: Prompts,
     sample: Annotated[
         str | None,
-        _flag(
+        flag(
             "sample",
             "True: only sampled, False: only greedy; default: greedy, and sampled beside it",
             metavar="TRUE|FALSE",
         ),
     ] = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    seed: Seed = 0,
+    choosing: ChoosingFlags,
     compile: Compile = False,
-    profile: Annotated[bool, _flag("profile", "say where the time of a step goes")] = False,
-    output_dir: Annotated[
-        str | None, _flag("output_dir", "for report.json, report.md, report.html and table.txt")
-    ] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    attn_implementation: Attention = None,
+    profile: Annotated[bool, flag("profile", "say where the time of a step goes")] = False,
+    output_dir: OutputDir = None,
 ) -> None:
-    """Time strategies against plain decoding and prove their output equal. With --run nothing else is needed."""
+    """Time strategies against plain decoding and prove their output equal. With --run nothing else is needed.
+
+    With --output_dir: report.json, report.md, report.html and table.txt.
+    """
     from rich.console import Console
 
     from eval.benchmark import Request, run_together
     from eval.ranks import join_ranks
     from eval.report import tables, write_report
-    from eval.target import load_target
 
-    names = [name.strip() for name in strategies.split(",") if name.strip()]
+    named: dict[str, Any] = {} if strategies is None else {"strategies": entries(strategies)}
     request = Request(
-        strategies=names,
-        exit_layer=exit_layer,
-        num_speculations=num_speculations,
-        dataset=dataset,
-        num_samples=num_samples,
-        max_steps=max_steps,
-        batch_size=batch_size,
+        **named,
+        **vars(prompts),
+        **given(choosing),
+        settings=given(drafting),
         sample=None if sample is None else truth(sample),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         compile=compile,
         profile=profile,
     )
     ranks = join_ranks()
     with ranks.together(), output_directory(output_dir if ranks.is_first else None) as place:
-        target = load_target(
-            model,
-            run,
-            dtype=dtype,
-            device=ranks.device(device, device_map),
-            device_map=device_map,
-            quantization=quantization,
-            attn_implementation=attn_implementation,
-        )
+        target = loading.load(device=ranks.device(loading.device, loading.device_map))
         report = run_together(target, request, ranks)
         if report is None:
             return
@@ -199,42 +144,90 @@ def benchmark(
 
 
 @app.command()
+@with_flags
+def correctness(
+    *,
+    loading: Loading,
+    strategies: Annotated[
+        str | None,
+        flag(
+            "strategies",
+            "NAME[:KEY=VALUE]..., comma-separated; default: every strategy that the model and the flags allow",
+        ),
+    ] = None,
+    drafting: Drafting,
+    prompts: Prompts,
+    sample: Annotated[
+        str,
+        flag("sample", "True: compare drawn tokens, where drafts are not drawn", metavar="TRUE|FALSE"),
+    ] = "False",
+    choosing: ChoosingFlags,
+    distribution: Annotated[
+        bool,
+        flag(
+            "distribution",
+            "test by chi-square whether sampled texts have the model's own probabilities (default of "
+            "--temperature: 0.8, of --num_samples: 1, of --dtype: float32)",
+        ),
+    ] = False,
+    draws: Annotated[int, flag("draws", "with --distribution: texts drawn for each prompt")] = 20_000,
+    tokens: Annotated[int, flag("tokens", "with --distribution: tokens of a text")] = 4,
+    compile: Compile = False,
+    output_dir: OutputDir = None,
+) -> None:
+    """Check that strategies are lossless on this model; exit status 1 where one is not.
+
+    Token ids are compared with plain decoding's. A float64 replay decides of each difference whether it is a tie,
+    which rounding explains, or a bug. With --output_dir: differences.jsonl, or distribution.jsonl.
+    """
+    from eval.correctness import Check, check_tokens
+    from eval.distribution import check_distribution
+    from eval.target import with_captured_passes
+
+    check = Check(
+        strategies=None if strategies is None else entries(strategies),
+        settings=given(drafting),
+        sample=truth(sample) or distribution,
+        choosing=given(choosing),
+        **vars(prompts),
+    )
+    with output_directory(output_dir) as place:
+        target = loading.load(dtype="float32") if distribution and loading.dtype is None else loading.load()
+        target = with_captured_passes(target) if compile else target
+        if distribution:
+            sound = check_distribution(target, check, draws, tokens, place)
+        else:
+            sound = check_tokens(target, check, place)
+    if not sound:
+        raise typer.Exit(1)
+
+
+@app.command()
+@with_flags
 def exits(
-    model: Model = None,
-    run: Run = None,
+    loading: Loading,
     dataset: Annotated[
-        str, _flag("dataset", "a JSONL file with text, or prompt and response; or heldout")
+        str, flag("dataset", "a JSONL file with text, or prompt and response; or heldout")
     ] = "heldout",
     context_length: Annotated[
         int | None,
-        _flag("context_length", "tokens a window; default: the training length, else the model's context"),
+        flag("context_length", "tokens a window; default: the training length, else the model's context"),
     ] = None,
-    output_dir: Annotated[str | None, _flag("output_dir", "for exits.png and exits.jsonl")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    attn_implementation: Attention = None,
+    output_dir: OutputDir = None,
 ) -> None:
-    """Cross entropy, bits per byte, top-1 accuracy and agreement with the last layer, for every exit."""
+    """Cross entropy, bits per byte, top-1 accuracy and agreement with the last layer, for every exit.
+
+    With --output_dir: exits.png and exits.jsonl.
+    """
     from rich.console import Console
 
     from eval.exits import heldout_texts, measure_exits, window_length
     from eval.prompts import dataset_path
     from eval.report import exits_table, plot_exits
-    from eval.target import load_target
     from layerskip_model.jsonl import write_rows
 
     with output_directory(output_dir) as place:
-        target = load_target(
-            model,
-            run,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            quantization=quantization,
-            attn_implementation=attn_implementation,
-        )
+        target = loading.load()
         texts = heldout_texts(dataset_path(target, dataset))
         length = window_length(target, context_length)
         qualities = measure_exits(target.model, target.tokenizer, texts, length)
@@ -246,48 +239,37 @@ def exits(
 
 
 @app.command()
+@with_flags
 def answers(
-    model: Model = None,
-    run: Run = None,
+    loading: Loading,
     dataset: Annotated[
-        str, _flag("dataset", "a JSONL file of prompt and response, the right answer; or heldout")
+        str, flag("dataset", "a JSONL file of prompt and response, the right answer; or heldout")
     ] = "heldout",
-    num_samples: Annotated[int | None, _flag("num_samples", "prompts; default: all")] = None,
-    exits: Annotated[str | None, _flag("exits", "exit layers to ask, 4,8; default: every one")] = None,
+    num_samples: Annotated[int | None, flag("num_samples", "prompts; default: all")] = None,
+    exits: Annotated[str | None, flag("exits", "exit layers to ask, 4,8; default: every one")] = None,
     exit_layer: ExitLayer = None,
     num_speculations: NumSpeculations = None,
-    output_dir: Annotated[str | None, _flag("output_dir", "for answers.jsonl")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    device_map: DeviceMap = None,
-    quantization: Quantization = None,
-    attn_implementation: Attention = None,
+    output_dir: OutputDir = None,
 ) -> None:
-    """Exact match of every exit on a task with one right answer, and of self-speculation beside them."""
+    """Exact match of every exit on a task with one right answer, and of self-speculation beside them.
+
+    With --output_dir: answers.jsonl.
+    """
     from rich.console import Console
 
     from eval.answers import measure_answers, questions
     from eval.prompts import dataset_path, evenly_spaced
     from eval.report import answers_table
-    from eval.target import load_target
     from layerskip_model.jsonl import read_prompts, write_rows
 
     wanted = None if exits is None else whole_numbers("--exits", exits)
     with output_directory(output_dir) as place:
-        target = load_target(
-            model,
-            run,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            quantization=quantization,
-            attn_implementation=attn_implementation,
-        )
+        target = loading.load()
         rows = read_prompts(dataset_path(target, dataset))
         asked = questions(target, evenly_spaced(rows, num_samples or len(rows)))
-        given = {"exit_layer": exit_layer, "num_speculations": num_speculations}
+        asked_for = {"exit_layer": exit_layer, "num_speculations": num_speculations}
         suggested = target.run.suggested if target.run is not None else {}
-        speculation = suggested | {key: value for key, value in given.items() if value is not None}
+        speculation = suggested | {key: value for key, value in asked_for.items() if value is not None}
         exit_layers = range(1, target.runner.num_layers + 1) if wanted is None else wanted
         found = measure_answers(target, asked, exit_layers, speculation or None)
         Console().print(answers_table(found))
@@ -299,7 +281,7 @@ def answers(
 def compare(
     runs: Annotated[list[str], typer.Argument(help="output_dirs of finished training runs")],
     exits: Annotated[
-        str | None, _flag("exits", "exit layers to show, 4,8; default: four over the depth")
+        str | None, flag("exits", "exit layers to show, 4,8; default: four over the depth")
     ] = None,
 ) -> None:
     """Held-out quality of several runs' exits as a Markdown table, runs that differ only in their seed together.
@@ -310,6 +292,11 @@ def compare(
 
     shown = None if exits is None else whole_numbers("--exits", exits)
     print(compare(group_runs(runs), shown))
+
+
+def entries(text: str) -> list[str]:
+    """The entries of `--strategies`."""
+    return [entry.strip() for entry in text.split(",") if entry.strip()]
 
 
 if __name__ == "__main__":

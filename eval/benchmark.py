@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eval.choosing import Choosing, peer_config
-from eval.contestants import (
-    NOT_COMPILED,
-    ONE_PROMPT_ONLY,
-    Contestant,
-    contestant_name,
-    make_contestant,
-    not_compiled,
-)
+from eval.contestants import NOT_COMPILED, Contestant, make_contestant, not_compiled
 from eval.decoding.strategies import STRATEGIES
 from eval.differences import Examiner
 from eval.environment import describe_environment
@@ -34,13 +27,21 @@ from eval.prompts import (
 )
 from eval.ranks import ALONE, Ranks
 from eval.results import Report, StrategyResult
-from eval.summary import summarise, with_ratio
+from eval.strategy_spec import BASELINE, PEERS, Spec, check_given, parse_spec
+from eval.summary import rivals, summarise, with_ratio
 from eval.target import Target, with_captured_passes
 from layerskip_model.errors import UserError
 from layerskip_model.jsonl import read_prompts
 
-BASELINE = "autoregressive"
-DEFAULT = (BASELINE, "self_speculative", "hf_generate", "hf_early_exit")
+DEFAULT = (
+    BASELINE,
+    "self_speculative",
+    "prompt_lookup",
+    "hf_generate",
+    "hf_early_exit",
+    "hf_prompt_lookup",
+)
+ACCEPTANCE = ("acceptance", "posterior_threshold", "posterior_alpha")
 TEMPERATURE = 0.8  # of what is measured beside the greedy table
 
 
@@ -49,8 +50,8 @@ class Request:
     """What to measure.
 
     Attributes:
-        strategies: names of `eval.contestants`; the baseline is added when it is missing.
-        exit_layer, num_speculations: for the strategies that take them; default: the run's suggestion.
+        strategies: entries as `eval.strategy_spec` reads them; the baseline is added when it is missing.
+        settings: for all the strategies that take them; an entry's own come first, the run's suggestion last.
         dataset: a JSONL file, or "heldout" for the held-out rows of the run that made the model.
         num_samples: prompts; default: 32, or all of a file that has fewer.
         max_steps: new tokens a prompt.
@@ -58,6 +59,7 @@ class Request:
         sample: False for greedy decoding alone, True for sampling alone, None for both.
         temperature: of the sampling; default: TEMPERATURE.
         top_k, top_p: of the sampling; default: the checkpoint's own.
+        acceptance, posterior_threshold, posterior_alpha: of the sampling (`eval.choosing`).
         seed: of all that is drawn, the bootstrap's samples too.
         compile: whether passes are captured (`eval.decoding.capture`); greedy ones are measured without, too.
         profile: whether to say where the steps' time goes.
@@ -66,8 +68,7 @@ class Request:
     """
 
     strategies: Sequence[str] = DEFAULT
-    exit_layer: int | None = None
-    num_speculations: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     dataset: str | Path = HELDOUT
     num_samples: int | None = None
     max_steps: int = 128
@@ -76,6 +77,9 @@ class Request:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    acceptance: str = "lossless"
+    posterior_threshold: float | None = None
+    posterior_alpha: float | None = None
     seed: int = 0
     compile: bool = False
     profile: bool = False
@@ -83,20 +87,26 @@ class Request:
     def __post_init__(self) -> None:
         if not self.strategies:
             raise UserError(f"--strategies: is empty; name some, such as {','.join(DEFAULT)}")
-        for name in self.strategies:
-            contestant_name(name)
+        check_given(self.specs(), self.settings)
         for flag in ("num_samples", "max_steps", "batch_size"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UserError(f"--{flag} {value}: give 1 or more")
         self.choosings()
 
+    def specs(self) -> list[Spec]:
+        """The entries, the baseline among them. Raises UserError."""
+        specs = [parse_spec(text) for text in self.strategies]
+        return specs if Spec(BASELINE) in specs else [Spec(BASELINE), *specs]
+
     def choosings(self) -> list[Choosing]:
         """The ways of choosing tokens that are measured, greedy first. Raises UserError."""
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in ("top_k", "top_p", "seed", *ACCEPTANCE)
+        }
         if self.sample is False:
-            return [Choosing(False, self.temperature, self.top_k, self.top_p, self.seed)]
-        temperature = TEMPERATURE if self.temperature is None else self.temperature
-        sampling = Choosing(True, temperature, self.top_k, self.top_p, self.seed)
+            return [Choosing(False, self.temperature, **given)]
+        sampling = Choosing(True, TEMPERATURE if self.temperature is None else self.temperature, **given)
         return [sampling] if self.sample else [Choosing(seed=self.seed), sampling]
 
 
@@ -145,7 +155,7 @@ def run_together(target: Target, request: Request, ranks: Ranks) -> Report | Non
     results = merged(shares)
     for found in results.values():
         found |= {index: failure(prompts[index], described(error)) for index, error in unfit.items()}
-    judge(results, prompts, Examiner(target))
+    judge(target, contestants, results, prompts)
     strategies = conclude(target, contestants, results, request.seed)
     profiles = profile(contestants, share) if request.profile else []
     return Report(
@@ -166,6 +176,7 @@ def run_together(target: Target, request: Request, ranks: Ranks) -> Report | Non
         strategies=[strategy for strategy in strategies if not strategy.sampled],
         sampled=[strategy for strategy in strategies if strategy.sampled],
         skipped=skipped,
+        rivals=rivals(strategies, request.seed),
         profile=profiles,
         exits=measure_exits(target.model, target.tokenizer, texts, length) if run is not None else None,
         training=training,
@@ -179,52 +190,61 @@ def make_contestants(
 
     Where the target's passes are captured, the first of them are measured with `eager` too.
     """
-    given = settings_for(target, request)
-    names = dict.fromkeys([BASELINE, *map(contestant_name, request.strategies)])
-    skipped = {name: ONE_PROMPT_ONLY[name] for name in names if name in ONE_PROMPT_ONLY}
-    skipped = skipped if request.batch_size > 1 else {}
-    contestants = [
-        make_contestant(name, target, request.max_steps, given, choosing)
-        for choosing in request.choosings()
-        for name in names
-        if name not in skipped
-    ]
+    specs = request.specs()
+    skipped = {
+        str(spec): PEERS[spec.name].one_prompt_only
+        for spec in specs
+        if request.batch_size > 1 and spec.name in PEERS and PEERS[spec.name].one_prompt_only
+    }
+
+    def made(target: Target, specs: list[Spec], choosing: Choosing) -> list[Contestant]:
+        return [make_contestant(s, target, request.max_steps, request.settings, choosing) for s in specs]
+
+    taking_part = [spec for spec in specs if str(spec) not in skipped]
+    contestants = [one for choosing in request.choosings() for one in made(target, taking_part, choosing)]
+    check_different(contestants)
     if request.compile:
-        first = request.choosings()[0]
-        twins = [
-            make_contestant(name, eager, request.max_steps, given, first)
-            for name in names
-            if name in STRATEGIES
-        ]
-        contestants += map(not_compiled, twins)
+        ours = [spec for spec in taking_part if spec.name in STRATEGIES]
+        contestants += map(not_compiled, made(eager, ours, request.choosings()[0]))
     return contestants, skipped
 
 
-def settings_for(target: Target, request: Request) -> dict[str, Any]:
-    """The settings asked for, with the run's suggestion where none was given."""
-    suggested = target.run.suggested if target.run is not None else {}
-    given = {"exit_layer": request.exit_layer, "num_speculations": request.num_speculations}
-    return {key: suggested.get(key) if value is None else value for key, value in given.items()}
+def check_different(contestants: Sequence[Contestant]) -> None:
+    """Raises UserError where two entries are one strategy with the same settings."""
+    for place, one in enumerate(contestants):
+        for other in contestants[:place]:
+            if (one.strategy, one.settings, one.choosing) == (other.strategy, other.settings, other.choosing):
+                raise UserError(
+                    f"--strategies: '{other.name}' and '{one.name}' are the same; give one of them"
+                )
 
 
 def choosing_settings(target: Target, request: Request) -> dict[str, dict[str, Any]]:
-    """How tokens were chosen, in transformers' words: "greedy" and "sampling", those that were measured."""
+    """How tokens were chosen, in transformers' words: "greedy" and "sampling", those that were measured.
+
+    With typical acceptance, which it lacks, the sampling has that too, and its threshold and alpha.
+    """
     return {
         "sampling" if choosing.sample else "greedy": peer_config(target, choosing)
+        | ({} if choosing.lossless else dict(zip(ACCEPTANCE, ("typical", *choosing.typical), strict=True)))
         for choosing in request.choosings()
     }
 
 
-def judge(results: Results, prompts: Sequence[Prompt], examiner: Examiner) -> None:
-    """Compare every greedy output with the baseline's, token by token. What is drawn may differ."""
-    for (name, sampled), measured in results.items():
-        if name == BASELINE or sampled:
+def judge(
+    target: Target, contestants: Sequence[Contestant], results: Results, prompts: Sequence[Prompt]
+) -> None:
+    """Compare outputs with the baseline's, token by token, where they have to be equal."""
+    examiners = {one.sampled: Examiner(target, one.choosing) for one in contestants if one.name == BASELINE}
+    for contestant in contestants:
+        if contestant.name == BASELINE or not contestant.same_tokens:
             continue
-        for index, ours in measured.items():
-            reference = results[BASELINE, sampled][index]
+        for index, ours in results[contestant.key].items():
+            reference = results[BASELINE, contestant.sampled][index]
             if "failed" in (ours.result.status, reference.result.status):
                 continue
-            difference = examiner.compare(prompts[index].tokens, reference.tokens, ours.tokens)
+            prompt, examiner = prompts[index].tokens, examiners[contestant.sampled]
+            difference = examiner.compare(prompt, reference.tokens, ours.tokens, index)
             ours.result = ours.result.model_copy(
                 update={"tokens_equal": difference is None, "difference": difference}
             )
@@ -240,9 +260,10 @@ def conclude(
             contestant.name,
             found[contestant.key],
             None if contestant.name == BASELINE else found[BASELINE, contestant.choosing.sample],
+            strategy=contestant.strategy,
             label=contestant.label,
-            lossless=True,
-            chain=contestant.ours,
+            variant=contestant.variant,
+            lossless=contestant.lossless,
             settings=contestant.settings,
             sampled=contestant.choosing.sample,
             weight_bytes=weight_bytes(target.model, target.runner.device),

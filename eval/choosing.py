@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from eval.decoding.acceptance import Greedy, Rule
 from eval.decoding.sampling import Sampling
 from eval.decoding.shaping import PROCESSORS, WARPERS, Shaping
+from eval.decoding.typical import ALPHA, THRESHOLD, Typical
 from eval.target import Target
 from layerskip_model.errors import UserError
 
@@ -72,6 +74,29 @@ OFF = {
 """Of the settings that are not honoured: the value, beside None, at which they change nothing."""
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (
+        lambda value: _is_number(value) and value > 0,
+        "a number above 0, or --sample False for always the most likely token",
+    ),
+    "top_k": (lambda value: _is_whole(value) and value >= 0, "a whole number, 0 for all tokens"),
+    "top_p": (lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and up to 1"),
+    "seed": (lambda value: _is_whole(value) and 0 <= value < 2**64, "a whole number from 0 to 2^64 - 1"),
+    "acceptance": (lambda value: value in ("lossless", "typical"), "lossless or typical"),
+    "posterior_threshold": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "posterior_alpha": (lambda value: _is_number(value) and value >= 0, "a number of 0 or more"),
+}
+"""What may be given, and how that is said."""
+
+
 @dataclass(frozen=True)
 class Choosing:
     """What a user asks for. What is None is the checkpoint's, and off where the checkpoint says nothing.
@@ -82,8 +107,12 @@ class Choosing:
         top_k: 0 for off.
         top_p: above 0 and up to 1, which is off.
         seed: of the random numbers, 0 to 2^64 - 1.
+        acceptance: lossless; or typical, which keeps likely drafts and not the target's distribution.
+        posterior_threshold, posterior_alpha: of typical acceptance, see `eval.decoding.typical.Typical`; None
+            for its own.
 
-    Raises UserError for values that make no sense, and for the settings of sampling without `sample`.
+    Raises UserError for values that make no sense, for the settings of sampling without `sample`, and for those of
+    typical acceptance without it.
     """
 
     sample: bool = False
@@ -91,28 +120,55 @@ class Choosing:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    acceptance: str = "lossless"
+    posterior_threshold: float | None = None
+    posterior_alpha: float | None = None
 
     def __post_init__(self) -> None:
-        given = self.given
-        if given and not self.sample:
-            name, value = next(iter(given.items()))
+        for name, (fits, wanted) in VALID.items():
+            value = getattr(self, name)
+            left_out = value is None and getattr(Choosing, name) is None  # its default
+            if not left_out and not fits(value):
+                raise UserError(f"--{name} {value} is not valid; give {wanted}")
+        if self.given and not self.sample:
+            name, value = next(iter(self.given.items()))
             raise UserError(f"--{name} {value} is for sampling: add --sample True, or leave --{name} out")
-        if self.temperature is not None and not (_is_number(self.temperature) and self.temperature > 0):
+        if not self.lossless and not self.sample:
             raise UserError(
-                f"--temperature {self.temperature} is not valid; give a number above 0, or --sample False for "
-                "always the most likely token"
+                "--acceptance typical is for sampling: greedily a draft is kept where it is the most likely token, "
+                "which leaves nothing to relax; add --sample True, or leave --acceptance out"
             )
-        if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k >= 0):
-            raise UserError(f"--top_k {self.top_k} is not valid; give a whole number, 0 for all tokens")
-        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise UserError(f"--top_p {self.top_p} is not valid; give a number above 0 and up to 1")
-        if not (_is_whole(self.seed) and 0 <= self.seed < 2**64):
-            raise UserError(f"--seed {self.seed} is not valid; give a whole number from 0 to 2^64 - 1")
+        for name in ("posterior_threshold", "posterior_alpha"):
+            if self.lossless and getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name} {getattr(self, name)} is for --acceptance typical: add that, or leave --{name} out"
+                )
 
     @property
     def given(self) -> dict[str, float]:
         """The settings of sampling that the user gave."""
         return {name: getattr(self, name) for name in SAMPLING_FLAGS if getattr(self, name) is not None}
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every strategy's output is distributed as the target's own."""
+        return self.acceptance == "lossless"
+
+    @property
+    def typical(self) -> tuple[float, float]:
+        """The threshold and the alpha of typical acceptance."""
+        threshold, alpha = self.posterior_threshold, self.posterior_alpha
+        return THRESHOLD if threshold is None else threshold, ALPHA if alpha is None else alpha
+
+    @property
+    def in_words(self) -> str:
+        """Greedy or sampled, and, where it is not, that it is not lossless."""
+        if not self.sample:
+            return "greedy"
+        if self.lossless:
+            return "sampled"
+        threshold, alpha = self.typical
+        return f"sampled (not lossless: typical acceptance, threshold {threshold:g}, alpha {alpha:g})"
 
 
 def make_rule(target: Target, choosing: Choosing) -> Rule:
@@ -122,9 +178,11 @@ def make_rule(target: Target, choosing: Choosing) -> Rule:
     """
     settings = shaping_settings(target, choosing)
     shaping = Shaping(settings, target.eos_token_ids, target.runner.vocab_size)
-    if choosing.sample:
+    if not choosing.sample:
+        return Greedy(shaping if settings else None)
+    if choosing.lossless:
         return Sampling(shaping, choosing.seed)
-    return Greedy(shaping if settings else None)
+    return Typical(shaping, choosing.seed, *choosing.typical)
 
 
 def peer_config(target: Target, choosing: Choosing) -> dict[str, Any]:
@@ -159,11 +217,3 @@ def shaping_settings(target: Target, choosing: Choosing) -> dict[str, Any]:
         for name, setting in (known if choosing.sample else PROCESSORS).items()
         if settings.get(name) is not None and settings[name] not in setting.off
     }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

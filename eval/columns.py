@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.plots import marked
 from eval.results import Answers, Report, StrategyResult
 from eval.statistics import Estimate
+from eval.titles import NOT_LOSSLESS, setting_words, titled
 
 NONE = "-"
-SETTING_SHOWN = 24  # characters of one setting in the strategy's name
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,16 @@ class StrategyRow:
     sampled: StrategyResult | None = None
 
 
+@dataclass(frozen=True)
+class RivalRow:
+    """One of ours beside one of transformers' own, and how much faster it is."""
+
+    ours: StrategyResult
+    peer: StrategyResult
+    greedy: Estimate | None
+    sampled: Estimate | None
+
+
 def number(value: float | None, form: str = ".2f", scale: float = 1.0) -> str:
     """A number as it is printed, or NONE."""
     return NONE if value is None else format(value * scale, form)
@@ -52,24 +60,18 @@ def interval(estimate: Estimate | None) -> str:
     return f"{estimate.value:.2f}x [{estimate.low:.2f},{estimate.high:.2f}]"
 
 
-def value_text(value: Any, longest: int | None = None) -> str:
-    """A setting's value as it is printed, cut to `longest` characters."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if longest is None or len(text) <= longest else text[: longest - 3] + "..."
-
-
-def titled(strategy: StrategyResult) -> str:
-    """The strategy's label, marked where it is not lossless, with its settings."""
-    settings = [f"{key}={value_text(value, SETTING_SHOWN)}" for key, value in strategy.settings.items()]
-    return ", ".join([marked(strategy), *settings])
-
-
 def _name(row: StrategyRow) -> str:
     return titled(row.strategy) + (" (baseline)" if row.is_baseline else "")
 
 
 def _identical(row: StrategyRow) -> str:
     return f"{row.strategy.equal}/{row.strategy.compared}" if row.strategy.compared else NONE
+
+
+def _sampled_speedup(row: StrategyRow) -> str:
+    speedup = row.sampled.speedup_median if row.sampled else None
+    lossless = speedup is None or row.sampled is None or row.sampled.lossless
+    return interval(speedup) + ("" if lossless else NOT_LOSSLESS)
 
 
 def _megabytes(count: int | None) -> str:
@@ -161,11 +163,11 @@ def _phase(title: str, phase: str, meaning: str) -> Column:
 
 
 def _milliseconds(seconds: float) -> str:
-    return number(seconds, ".3f", scale=1000)
+    return number(seconds, ".3f" if seconds < 0.01 else ".2f" if seconds < 0.1 else ".1f", scale=1000)
 
 
 PROFILE_COLUMNS = [
-    Column("Strategy", "", lambda profile: profile.label + (", sampled" if profile.sampled else "")),
+    Column("Strategy", "", lambda profile: profile.label),
     Column("Step", "A verification and all that goes with it.", lambda profile: _milliseconds(profile.step)),
     _phase("Draft", "draft forwards", "The drafter's forwards."),
     _phase("Verify", "verify forward", "The target's forward over the draft."),
@@ -174,13 +176,28 @@ PROFILE_COLUMNS = [
     _phase("Cache", "cache", "Keeping the path in the cache."),
     Column("Python", "The rest: contexts, limits, the loop.", lambda profile: _milliseconds(profile.python)),
     Column("Bare", "The forwards alone, back to back.", lambda profile: _milliseconds(profile.bare)),
-    Column("Over, %", "How much Step is above Bare.", lambda profile: number(profile.overhead, ".1f", 100)),
+    Column(
+        "Over, %",
+        "How much Step is above Bare.",
+        lambda profile: number(profile.overhead, ".1f", 100),
+        short="Over\n%",
+    ),
+]
+RIVAL_COLUMNS = [
+    Column("Ours", "Our strategy.", lambda row: titled(row.ours)),
+    Column("Theirs", "The strategy of transformers' own that does the same.", lambda row: row.peer.label),
+    Column(
+        "Ratio",
+        "Our tokens per second over theirs for the same batch; the median over batches.",
+        lambda row: interval(row.greedy),
+    ),
+    Column("Sampled ratio", "The same where tokens are drawn.", lambda row: interval(row.sampled)),
 ]
 SAMPLED_COLUMNS = [
     Column(
         "Sampled speedup",
         "The speedup where tokens are drawn, over the baseline that draws them too; more of it is below.",
-        lambda row: interval(row.sampled and row.sampled.speedup_median),
+        _sampled_speedup,
         short="Sampled\nspeedup",
     ),
     Column(
@@ -206,8 +223,7 @@ EXIT_COLUMNS = [
 
 
 def _setting_text(row: Answers) -> str:
-    settings = [f"{key}={value_text(value)}" for key, value in row.settings.items()]
-    return ", ".join([row.strategy.replace("_", " "), *settings])
+    return ", ".join([row.strategy.replace("_", " "), *setting_words(row.settings)])
 
 
 ANSWER_COLUMNS = [
@@ -235,10 +251,21 @@ def strategy_rows(report: Report, strategies: Sequence[StrategyResult]) -> list[
     ]
 
 
+def rival_rows(report: Report) -> list[RivalRow]:
+    """Ours and transformers' own that do the same, each pair once."""
+    named = {s.name: s for s in (*report.sampled, *report.strategies)}
+    ratios = {(pair.ours, pair.peer, pair.sampled): pair.ratio for pair in report.rivals}
+    return [
+        RivalRow(named[ours], named[peer], ratios.get((ours, peer, False)), ratios.get((ours, peer, True)))
+        for ours, peer in dict.fromkeys((pair.ours, pair.peer) for pair in report.rivals)
+    ]
+
+
 def how_sampled(report: Report) -> str:
     """`at temperature 0.8, top_k 50`, as far as the report says."""
     settings = report.settings.get("sampling")
     given = settings if isinstance(settings, dict) else {}
     off = {"temperature": None, "top_k": 0, "top_p": 1.0}
     parts = [f"{name} {given[name]}" for name in off if given.get(name) not in (None, off[name])]
-    return f"at {', '.join(parts)}" if parts else "by the checkpoint's settings"
+    how = f"at {', '.join(parts)}" if parts else "by the checkpoint's settings"
+    return how + (", typical acceptance" if given.get("acceptance") == "typical" else "")

@@ -1,59 +1,13 @@
-"""What the commands share: errors as one line and exit status 2, and the directory that they write to."""
+"""Flags' values, and the directory that commands write to."""
 
 from __future__ import annotations
 
-import sys
-import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, NoReturn
-
-import typer
 
 from layerskip_model.errors import UserError
-
-# What typer raises for a wrong flag: click's ClickException, of whichever click this typer uses.
-FLAG_ERROR: Any = typer.BadParameter.__mro__[2]
-GRACE = 2.0  # seconds
-
-
-def run_app(app: typer.Typer, program: str, *, speaks: bool = True) -> NoReturn:
-    """Run a command and exit: 0, 2 with one line for a mistake of the user's, 130 for an interruption.
-
-    `speaks`: whether that line is printed; of processes that make the same mistake one is enough.
-    """
-    try:
-        status = _run(app, program, speaks)
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    processes = sys.modules.get("layerskip_model.processes")
-    if processes is not None:  # else there are none to leave, and a typing error need not wait for torch
-        processes.leave(status)
-    if status == 2 and not speaks:
-        time.sleep(GRACE)  # launchers stop all once one has failed, and another one says why
-    sys.exit(status)
-
-
-def _run(app: typer.Typer, program: str, speaks: bool) -> int:
-    """The exit status."""
-    try:
-        status = app(prog_name=program, standalone_mode=False)
-    except UserError as error:
-        lines = [str(error)]
-    except FLAG_ERROR as error:
-        context = getattr(error, "ctx", None)
-        lines = [error.format_message(), f"see: {context.command_path if context else program} --help"]
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    else:
-        return status if isinstance(status, int) else 0
-    if speaks:
-        print(f"error: {lines[0]}", *lines[1:], sep="\n", file=sys.stderr)
-    return 2
 
 
 def truth(text: str) -> bool:

@@ -15,6 +15,8 @@ from eval.choosing import Choosing, make_rule, peer_config
 from eval.decoding.speculate import Generation, Listener, Stop, decode
 from eval.decoding.stopping import StopStrings
 from eval.decoding.strategies import make_drafter, strategy_name
+from eval.draft_model import with_loaded_drafts
+from eval.strategy_spec import SUGGESTED
 from eval.streaming import Live, Page, TextStream
 from eval.target import Target
 from eval.terminal import open_output
@@ -43,14 +45,15 @@ class Generator:
         choosing: Choosing | None = None,
         **settings: Any,
     ) -> Self:
-        """Check the strategy and its settings (None: not given; then what the target's run suggests).
+        """Check the strategy and its settings (None: not given; for self_speculative then what the run suggests).
 
-        `choosing`: greedy by default. Raises UserError.
+        `draft`, a draft model, may be its directory or hub name. `choosing`: greedy by default. Raises UserError.
         """
         name = strategy_name(strategy)
         given = {key: value for key, value in settings.items() if value is not None}
-        if name != "autoregressive" and target.run is not None:
+        if name == SUGGESTED and target.run is not None:
             given = target.run.suggested | given
+        given = with_loaded_drafts(target, given)
         make_drafter(name, target.runner, **given)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens (--max_steps) {max_new_tokens}: give 1 or more")
@@ -110,10 +113,12 @@ class Generator:
         parts = [f"{len(generations)} prompts"] if len(generations) > 1 else []
         parts += [f"{tokens} tokens", f"{tokens / seconds:.1f} tokens/s"]
         drafted = sum(one.drafted for one in generations)
+        if any(
+            one.proposals_at for one in generations
+        ):  # in a tree most drafts are alternatives to one another
+            parts.append(f"acceptance rate {sum(one.accepted for one in generations) / drafted:.2f}")
         if drafted:
-            rate = sum(one.accepted for one in generations) / drafted
             lengths = [length for one in generations for length in one.accepted_lengths]
-            parts.append(f"acceptance rate {rate:.2f}")
             parts.append(f"acceptance length {sum(lengths) / len(lengths):.2f}")
         if self.choosing.sample:
             parts.append(self._sampling())
@@ -146,7 +151,7 @@ class Generator:
         """The settings in force, the checkpoint's among them."""
         config = peer_config(self.target, self.choosing)
         shown = [f"{name} {config[name]}" for name in ("temperature", "top_k", "top_p")]
-        return f"sampled with {', '.join(shown)}, seed {self.choosing.seed}"
+        return f"{self.choosing.in_words} with {', '.join(shown)}, seed {self.choosing.seed}"
 
 
 def interact(generator: Generator) -> None:

@@ -19,6 +19,7 @@ from eval.prompts import Batch, Prompt, evenly_spaced
 from eval.results import PromptResult, StepProfile
 from eval.statistics import distinct_trigram_share
 from eval.target import Target
+from eval.titles import marked
 
 MEMORY_REPEATS = 3
 PROFILED = 8  # batches
@@ -145,8 +146,8 @@ def profile(contestants: Sequence[Contestant], batches: Sequence[Batch]) -> list
     return [
         StepProfile(
             name=contestant.name,
-            label=contestant.label,
-            sampled=contestant.choosing.sample,
+            label=marked(contestant),
+            sampled=contestant.sampled,
             steps=total.steps,
             step=total.plain / total.steps,
             phases={phase: seconds / total.steps for phase, seconds in total.seconds.items()},

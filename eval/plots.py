@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from matplotlib.ticker import MaxNLocator
 
 from eval.results import ExitQuality, StrategyResult, TrainingPoint
 from eval.statistics import Estimate
+from eval.titles import marked
 
 INK = "#1f2937"
+LABEL_WIDTH, TITLE_WIDTH = 32, 48  # characters of a line
 BLUE, ORANGE, GREY = "#2b83c6", "#d9731a", "#8a8f98"
 STYLE: Any = {
     "svg.hashsalt": "report",  # the same numbers give the same file
@@ -40,12 +43,6 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "hatch.linewidth": 1.0,
 }
-
-
-def marked(strategy: StrategyResult) -> str:
-    """The strategy's label, saying so where it samples and where it is not lossless."""
-    sampled = " (sampled)" if strategy.sampled else ""
-    return strategy.label + sampled + ("" if strategy.lossless else " (not lossless)")
 
 
 def to_svg(figure: Figure) -> str:
@@ -143,11 +140,13 @@ def exits_figure(exits: Sequence[ExitQuality]) -> Figure:
 def speed_figure(strategies: Sequence[StrategyResult]) -> Figure:
     """Tokens per second and, where there is one, the median speedup per strategy, with 95 % intervals."""
     has_speedup = any(s.speedup_median for s in strategies)
-    axes = _panels(2 if has_speedup else 1, height=1.1 + 0.42 * len(strategies), sharey=True)
+    names = [fill(marked(s), LABEL_WIDTH) for s in strategies]
+    row = max(0.42, 0.15 + 0.15 * max(1 + name.count("\n") for name in names))  # inches
+    axes = _panels(2 if has_speedup else 1, height=1.1 + row * len(strategies), sharey=True)
     rates = [s.tokens_per_second for s in strategies]
     _bars(axes[0], strategies, rates, "{:.0f}" if max(r.value for r in rates if r) >= 100 else "{:.1f}")
     axes[0].set(title="Speed", xlabel="tokens per second")
-    axes[0].set_yticks(range(len(strategies)), [marked(s) for s in strategies])
+    axes[0].set_yticks(range(len(strategies)), names)
     axes[0].invert_yaxis()
     if has_speedup:
         axes[1].axvline(1, color=INK, linewidth=1, linestyle=":")
@@ -187,7 +186,7 @@ def accepted_lengths_figure(strategies: Sequence[StrategyResult]) -> Figure:
         panel.bar(range(1, longest + 1), 100 * shares, 0.8, color=BLUE if strategy.lossless else ORANGE)
         mean = float(np.mean(values))
         panel.axvline(mean, color=INK, linewidth=1, linestyle=":")
-        panel.set_title(f"{marked(strategy)}, mean {mean:.2f}")
+        panel.set_title(fill(f"{marked(strategy)}, mean\N{NO-BREAK SPACE}{mean:.2f}", TITLE_WIDTH))
         panel.set_xlabel("tokens per target forward")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.tick_params(labelbottom=True)

@@ -19,8 +19,9 @@ VERIFY_COST_REPEATS = 25
 
 
 def with_prediction(target: Target, summary: StrategyResult) -> StrategyResult:
-    """The summary with its predicted speedup, for self-speculation that has decoded anything."""
-    if summary.name != "self_speculative" or summary.acceptance_length is None:
+    """The summary with its predicted speedup, for self-speculation by plain chains that has decoded anything."""
+    is_plain = summary.settings.keys() == {"exit_layer", "num_speculations"}
+    if summary.strategy != "self_speculative" or not is_plain or summary.acceptance_length is None:
         return summary
     exit_layer, drafts = summary.settings["exit_layer"], summary.settings["num_speculations"]
     assert isinstance(exit_layer, int)

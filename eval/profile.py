@@ -8,8 +8,10 @@ nothing between them: that is the least such a decode can take.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +80,8 @@ def profile_decode(
     clock = _Clock(runner)
     drafter = make_drafter(clock.runner)
     rule = _TimedRule(make_rule(), clock)
-    rows = decode(clock.runner, clock.watch(drafter), prompts, rule=rule, **options)
+    with clock.watching(drafter):
+        rows = decode(clock.runner, drafter, prompts, rule=rule, **options)
     del rule.cache.keep  # the cache may be kept for other decodes
     assert [row.tokens for row in rows] == [row.tokens for row in plain]
     profile = clock.profile
@@ -109,8 +112,12 @@ class _Clock:
             self.profile.seconds[phase] += now(self.device) - began
         return result
 
-    def watch(self, drafter: Drafter) -> Drafter:
-        """The same drafter, its forwards told from the verification's. It is ours alone."""
+    @contextmanager
+    def watching(self, drafter: Drafter) -> Iterator[None]:
+        """Keep a drafter's time, its forwards told from the verification's; all that its own runners do is drafting.
+
+        The drafter is ours alone; its own runners are others' too, and are left as they were.
+        """
         propose = drafter.propose
 
         def timed_propose(state: State) -> Draft:
@@ -120,12 +127,24 @@ class _Clock:
             return draft
 
         drafter.propose = timed_propose  # type: ignore[method-assign]
-        return drafter
+        for own in drafter.own_runners:
+            forward = partial(self._timed_forward, own.forward, "draft forwards")
+            own.forward = forward  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for own in drafter.own_runners:
+                del own.forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Forward:
+        return self._timed_forward(self.forward, self.phase, *args, **kwargs)
+
+    def _timed_forward(
+        self, forward: Callable[..., Forward], phase: str, *args: Any, **kwargs: Any
+    ) -> Forward:
         if self.decoding:
-            self.forwards.append(lambda: self.forward(*args, **kwargs))
-        return self.timed(self.phase, self.forward, *args, **kwargs)
+            self.forwards.append(partial(forward, *args, **kwargs))
+        return self.timed(phase, forward, *args, **kwargs)
 
     @torch.inference_mode()
     def replay(self) -> float:
@@ -152,6 +171,9 @@ class _TimedRule(Rule):
             self.clock.timed("cache", keep, path, slot)
 
         self.cache.keep = timed_keep  # type: ignore[method-assign]
+
+    def preferences(self, state: State, logits: Tensor, draft: Draft) -> Tensor:
+        return self.clock.timed("choosing drafts", self.rule.preferences, state, logits, draft)
 
     def draft(self, state: State, logits: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return self.clock.timed("choosing drafts", self.rule.draft, state, logits, tokens)

@@ -21,8 +21,10 @@ from eval.columns import (
     ANSWER_COLUMNS,
     EXIT_COLUMNS,
     PROFILE_COLUMNS,
+    RIVAL_COLUMNS,
     Column,
     how_sampled,
+    rival_rows,
     strategy_columns,
     strategy_rows,
 )
@@ -34,6 +36,7 @@ from layerskip_model.errors import UserError
 __all__ = ["answers_table", "exits_table", "plot_exits", "strategy_table", "tables", "write_report"]
 
 TABLE_WIDTH = 80  # of table.txt
+SETTING_WIDTH = 18  # the most that a setting takes in it without a break: num_speculations=9
 
 
 def write_report(report: Report, output_dir: Path) -> None:
@@ -45,7 +48,7 @@ def write_report(report: Report, output_dir: Path) -> None:
     files = {
         "report.json": json.dumps(report.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n",
         "report.md": _render("report.md.j2", report),
-        "table.txt": "\n".join(_plain_text(table) for table in tables(report)),
+        "table.txt": "".join(_plain_text(part) for part in tables(report)),
         "report.html": _render("report.html.j2", report),
     }
     try:
@@ -58,9 +61,14 @@ def write_report(report: Report, output_dir: Path) -> None:
         _write_whole(output_dir / name, text)
 
 
-def tables(report: Report) -> list[Table]:
-    """What the terminal shows of a report."""
-    return [strategy_table(report), *([profile_table(report)] if report.profile else [])]
+def tables(report: Report) -> list[Table | Text]:
+    """What the terminal shows of a report, with an empty line between two tables."""
+    found = [strategy_table(report)]
+    if report.rivals:
+        found.append(_fitting("Over transformers' own", RIVAL_COLUMNS, rival_rows(report)))
+    if report.profile:
+        found.append(profile_table(report))
+    return [part for table in found for part in (Text(), table)][1:]
 
 
 def strategy_table(report: Report) -> Table:
@@ -112,15 +120,22 @@ def _rich_table(title: str, columns: Sequence[Column], rows: Sequence[Any]) -> T
         table.add_column(column.short or column.title, justify="right", no_wrap=True)
     for row in rows:
         first, *numbers = (column.cell(row) for column in columns)
-        # Text: a "[" is no markup. An interval goes below its value, a setting below its strategy.
-        name = Text(first.replace(", ", ",\n "))
-        table.add_row(name, *(Text(cell.replace(" [", "\n[")) for cell in numbers))
+        # Text: a "[" is no markup. An interval goes below its value, and what is said of it below that.
+        cells = (Text(cell.replace(" [", "\n[").replace(" (not ", "\n(not\n")) for cell in numbers)
+        table.add_row(_below_each_other(first), *cells)
     return table
 
 
-def _plain_text(table: Table) -> str:
+def _below_each_other(title: str) -> Text:
+    """A strategy's settings below it, a long value below its name."""
+    name, *settings = title.split(", ")
+    lines = [one if len(one) <= SETTING_WIDTH else one.replace("=", "=\n  ", 1) for one in settings]
+    return Text("\n ".join([name, *lines]))
+
+
+def _plain_text(part: Table | Text) -> str:
     console = Console(width=TABLE_WIDTH, file=io.StringIO(), record=True)
-    console.print(table)
+    console.print(part)
     return "".join(f"{line.rstrip()}\n" for line in console.export_text().splitlines())
 
 

@@ -69,7 +69,7 @@ class PromptResult(_Record):
     the final cut at EOS or the limit; empty where a generator does not tell (transformers' own).
     drafted and accepted count draft tokens. proposals_at[i] and accepted_at[i]: rounds whose draft reached
     position i, and rounds that accepted it. tokens_equal: whether the token ids are the baseline's; None for
-    the baseline and where they need not be (sampling).
+    the baseline and where they need not be (sampling with drafts that are drawn).
     """
 
     index: int
@@ -110,21 +110,25 @@ class PromptResult(_Record):
 class StrategyResult(_Record):
     """A strategy's prompts and their summary, made by `summarise`.
 
-    sampled: whether its tokens were drawn; else it is greedy. tokens_per_second is pooled over the batches that
-    did not fail. The speedups, None for the baseline, are over the batches that failed neither here nor there;
-    left_out counts the prompts that they lack. prefill_seconds is a median over batches. peak_bytes and
-    added_bytes are the largest measured. memory_ratio is the model's weights and the added bytes over the same for
-    the baseline's decode of that batch. acceptance_rate is for chains only. acceptance_at[i] is the share of the
-    proposals reaching position i that were accepted there, None if none reached it. `equal` of `compared`
-    outputs have the baseline's token ids. over_eager: where its passes were captured, its tokens per second over
-    those of its twin whose were not, the median over batches.
+    name: its entry's, which no other has; strategy: the strategy's alone. settings: those in force; variant:
+    those of them that its entry gave. sampled: whether its tokens were drawn; else it is greedy.
+    tokens_per_second is pooled over the batches that did not fail. The speedups, None for the baseline, are
+    over the batches that failed neither here nor there; left_out counts the prompts that they lack.
+    prefill_seconds is a median over batches. peak_bytes and added_bytes are the largest measured. memory_ratio
+    is the model's weights and the added bytes over the same for the baseline's decode of that batch.
+    acceptance_rate and acceptance_at are for chains only; acceptance_at[i] is the share of the proposals
+    reaching position i that were accepted there, None if none reached it. `equal` of `compared` outputs have
+    the baseline's token ids. over_eager: where its passes were captured, its tokens per second over those of
+    its twin whose were not, the median over batches.
     """
 
     name: str
+    strategy: str
     label: str
     lossless: bool
     sampled: bool
     settings: Settings
+    variant: list[str]
     prompts: list[PromptResult]
     tokens_per_second: Estimate | None
     prefill_seconds: float | None
@@ -144,6 +148,18 @@ class StrategyResult(_Record):
     distinct_trigram_share: float | None
     failed: int
     left_out: int
+
+
+class Rivals(_Record):
+    """A strategy of ours and the one of transformers' own that does the same with the same settings, both by name.
+
+    ratio: our tokens per second over theirs for the same batch, the median over batches.
+    """
+
+    ours: str
+    peer: str
+    sampled: bool
+    ratio: Estimate
 
 
 class StepProfile(_Record):
@@ -217,6 +233,7 @@ class Report(_Record):
     strategies: list[StrategyResult] = Field(default_factory=list)
     sampled: list[StrategyResult] = Field(default_factory=list)
     skipped: dict[str, str] = Field(default_factory=dict)
+    rivals: list[Rivals] = Field(default_factory=list)
     profile: list[StepProfile] = Field(default_factory=list)
     exits: list[ExitQuality] | None = None
     training: list[TrainingPoint] | None = None

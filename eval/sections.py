@@ -14,18 +14,19 @@ from eval.columns import (
     MEMORY_COLUMNS,
     NONE,
     PROFILE_COLUMNS,
+    RIVAL_COLUMNS,
     STRATEGY_COLUMNS,
     Column,
     how_sampled,
     interval,
     number,
+    rival_rows,
     strategy_columns,
     strategy_rows,
-    titled,
-    value_text,
 )
-from eval.plots import accepted_lengths_figure, exits_figure, marked, speed_figure, training_figure
+from eval.plots import accepted_lengths_figure, exits_figure, speed_figure, training_figure
 from eval.results import ExitQuality, PromptResult, Report, StrategyResult
+from eval.titles import marked, titled, value_text
 
 DIFFERENCES_SHOWN = 10  # for each strategy; report.json has all
 
@@ -53,17 +54,17 @@ def headline(report: Report) -> list[str]:
             bugs, unknown = len(_differing(strategy, "bug")), len(_differing(strategy, "unknown"))
             if bugs:
                 lines.append(
-                    f"{strategy.label}: {bugs} outputs differ from the baseline beyond rounding: a bug."
+                    f"{marked(strategy)}: {bugs} outputs differ from the baseline beyond rounding: a bug."
                 )
             if unknown:
                 lines.append(
-                    f"{strategy.label}: {unknown} outputs differ from the baseline, cause not examined."
+                    f"{marked(strategy)}: {unknown} outputs differ from the baseline, cause not examined."
                 )
         if strategy.failed:
             total = len(strategy.prompts)
             lines.append(f"{marked(strategy)}: {strategy.failed} of {total} prompts failed.")
     lines += [
-        f"Compiled over not compiled, {s.label}: {interval(s.over_eager)}."
+        f"Compiled over not compiled, {marked(s)}: {interval(s.over_eager)}."
         for s in _all(report)
         if s.over_eager
     ]
@@ -105,6 +106,7 @@ def sections(report: Report) -> list[Section]:
     found = [
         _greedy(report),
         _sampled(report),
+        _rivals(report),
         _acceptance(strategies),
         _memory(report),
         _profile(report),
@@ -129,9 +131,9 @@ def _sampled(report: Report) -> Section | None:
         return None
     title = f"Strategies, sampled {how_sampled(report)}"
     lossless = (
-        "Sampled outputs are not compared token by token: lossless means here that every token is drawn from"
-        " exactly the distribution that the baseline draws it from. Their lengths differ, and a short one is mostly"
-        " prefill."
+        "Where drafts are not drawn themselves, every token is drawn by the baseline's own random number, and outputs"
+        " are compared token by token. For the others lossless means that every token is drawn from exactly the"
+        " distribution that the baseline draws it from; then lengths differ, and a short output is mostly prefill."
     )
     return _strategies(title, report, report.sampled, STRATEGY_COLUMNS, lossless)
 
@@ -150,11 +152,18 @@ def _strategies(
         " A dash means not measured or not defined.",
         *more,
     ]
-    if not all(s.lossless for s in strategies):
+    if not all(s.lossless for s in (*strategies, *report.sampled)):
         notes.append(
             "A strategy marked (not lossless) may change the output; its speed is not comparable as such."
         )
     return Section(title, columns, strategy_rows(report, strategies), notes, figures)
+
+
+def _rivals(report: Report) -> Section | None:
+    if not report.rivals:
+        return None
+    note = "Each at the settings of the other, over the batches that both decoded, in the same run."
+    return Section("Over transformers' own", RIVAL_COLUMNS, rival_rows(report), [note])
 
 
 def _acceptance(strategies: Sequence[StrategyResult]) -> Section | None:

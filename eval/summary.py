@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from eval.results import PromptResult, StrategyResult
+from eval.results import PromptResult, Rivals, StrategyResult
 from eval.statistics import median_ratio, pooled_rate, pooled_ratio
+from eval.strategy_spec import PEERS
 
 Decoded = Sequence[PromptResult]  # the prompts of one batch
 
@@ -17,9 +18,10 @@ def summarise(
     prompts: Sequence[PromptResult],
     baseline: Sequence[PromptResult] | None,
     *,
+    strategy: str,
     label: str,
+    variant: Sequence[str] = (),
     lossless: bool,
-    chain: bool,
     settings: dict[str, Any],
     sampled: bool = False,
     weight_bytes: int = 0,
@@ -27,9 +29,8 @@ def summarise(
 ) -> StrategyResult:
     """The summary of one strategy over its prompts.
 
-    baseline: the baseline's prompts, matched by batch; None where this is the baseline. chain: whether its
-    drafts are chains, for which alone an acceptance rate is defined. weight_bytes: of the model, for the ratio of
-    memory. seed is the bootstrap's.
+    baseline: the baseline's prompts, matched by batch; None where this is the baseline. variant: those of its
+    settings that are its alone. weight_bytes: of the model, for the ratio of memory. seed is the bootstrap's.
     Raises ValueError where two prompts share an index.
     """
     for side in (prompts, baseline or []):
@@ -41,12 +42,15 @@ def summarise(
     pairs = _comparable(batches, by_batch(baseline)) if baseline is not None else []
     lengths = [length for p in ok for length in p.accepted_lengths]
     drafted = sum(p.drafted for p in ok)
+    in_chains = drafted == sum(sum(p.proposals_at) for p in ok)  # for which alone acceptance has a rate
     prefills = [batch[0].prefill_seconds for batch in batches if batch[0].prefill_seconds is not None]
     shares = [p.distinct_trigram_share for p in ok if p.distinct_trigram_share is not None]
     columns = _speedup_columns(pairs)
     return StrategyResult(
         name=name,
+        strategy=strategy,
         label=label,
+        variant=list(variant),
         lossless=lossless,
         sampled=sampled,
         settings=settings,
@@ -58,8 +62,8 @@ def summarise(
         speedup_median=median_ratio(*columns, seed=seed) if pairs else None,
         speedup_pooled=pooled_ratio(*columns, seed=seed) if pairs else None,
         acceptance_length=sum(lengths) / len(lengths) if lengths else None,
-        acceptance_rate=sum(p.accepted for p in ok) / drafted if chain and drafted else None,
-        acceptance_at=_acceptance_at(ok),
+        acceptance_rate=sum(p.accepted for p in ok) / drafted if drafted and in_chains else None,
+        acceptance_at=_acceptance_at(ok) if in_chains else [],
         peak_bytes=max((p.peak_bytes for p in ok if p.peak_bytes is not None), default=None),
         added_bytes=max((p.added_bytes for p in ok if p.added_bytes is not None), default=None),
         memory_ratio=_memory_ratio(pairs, weight_bytes),
@@ -77,6 +81,19 @@ def with_ratio(strategy: StrategyResult, eager: StrategyResult | None, seed: int
     if eager is strategy or not pairs:
         return strategy
     return strategy.model_copy(update={"over_eager": median_ratio(*_speedup_columns(pairs), seed=seed)})
+
+
+def rivals(strategies: Sequence[StrategyResult], seed: int) -> list[Rivals]:
+    """Each strategy of ours over the peer that does the same with the same settings, where both decoded."""
+    found = []
+    for peer in (s for s in strategies if s.strategy in PEERS):
+        same = PEERS[peer.strategy].ours, peer.settings, peer.sampled
+        for ours in strategies:
+            pairs = _comparable(by_batch(ours.prompts), by_batch(peer.prompts))
+            if (ours.strategy, ours.settings, ours.sampled) == same and ours.lossless and pairs:
+                ratio = median_ratio(*_speedup_columns(pairs), seed=seed)
+                found.append(Rivals(ours=ours.name, peer=peer.name, sampled=peer.sampled, ratio=ratio))
+    return found
 
 
 def by_batch(prompts: Sequence[PromptResult]) -> list[Decoded]:

@@ -75,9 +75,18 @@ def test_the_evaluation_commands(workplace: Path) -> None:
         small = command.replace("facebook/layerskip-llama3.2-1B", export).replace("DIR_OR_HUB_NAME", export)
         small = re.sub(r"--num_samples \d+", "--num_samples 2", small)
         small = re.sub(r"--max_steps \d+", "--max_steps 6", small)
+        if " correctness " in small:
+            small += " --num_samples 1 --max_steps 6"
+            small = small.replace("--distribution", "--distribution --draws 1000")
         assert run(small, workplace)
     assert (workplace / "report/report.html").is_file()
     assert (workplace / "report/exits.png").is_file()
+
+
+def test_the_export_for_other_engines(workplace: Path) -> None:
+    (command,) = commands("python -m layerskip_model.formats")
+    assert "first 2 of 16 layers" in run(command, workplace)
+    assert (workplace / "draft/config.json").is_file()
 
 
 def test_the_training_command_with_overrides(recipe: str) -> None:

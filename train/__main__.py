@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from eval.command_line import run_app
+from layerskip_model.command_line import run_app
 from layerskip_model.errors import UserError
 
 if TYPE_CHECKING:

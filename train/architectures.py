@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from eval.command_line import run_app
+from layerskip_model.command_line import run_app
 from layerskip_model.errors import UserError
 from layerskip_model.head_map import ACCELERATOR_CHUNK_BYTES, CPU_CHUNK_BYTES
 from layerskip_model.lora import add_lora

@@ -20,9 +20,10 @@ import torch
 import typer
 
 from eval.clock import now
-from eval.command_line import output_directory, run_app
+from eval.command_line import output_directory
 from eval.environment import command_line, device_name, git_revision, versions
 from eval.statistics import Estimate, bootstrap_interval
+from layerskip_model.command_line import run_app
 from layerskip_model.early_exit import EarlyExitModel
 from layerskip_model.errors import UserError
 from train.benchmark_report import show

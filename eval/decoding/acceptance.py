@@ -7,6 +7,7 @@ nothing but a root.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,13 @@ class Rule(ABC):
     def shaped(self, state: State, logits: Tensor, draft: Draft) -> Tensor:
         """What the rule looks at in place of the logits [batch, m, vocab] of a draft's last m nodes."""
         return logits if self.shaping is None else self.shaping.after_nodes(state, logits, draft)
+
+    def preferences(self, state: State, logits: Tensor, draft: Draft) -> Tensor:
+        """What a drafter should propose the best of, by its logits after a draft's last m nodes, [batch, m, vocab].
+
+        For tokens that were not drawn: the better one is here, the likelier it is to be accepted.
+        """
+        return self.shaped(state, logits, draft)
 
     def begin(self, state: State) -> None:  # noqa: B027
         """Before the prefill of a decode."""
@@ -102,21 +110,26 @@ def follow(choices: Tensor, logits: Tensor, draft: Draft) -> Outcome:
     chain = list(range(-1, draft.num_nodes - 1))
     outcome = Outcome(draft, [], [], [], logits)
     for tokens, chosen, *rest in host:
-        path = longest_path(tokens, chosen, rest[0] if rest else chain)
+        parents = rest[0] if rest else chain
+        agrees = [token == chosen[parent] for token, parent in zip(tokens, parents, strict=True)]
+        path = longest_path(agrees, parents)
         outcome.path.append(path)
         outcome.tokens.append([chosen[node] for node in path])  # a child's token is its parent's choice
         outcome.drafted.append(sum(token >= 0 for token in tokens[1:]))
     return outcome
 
 
-def longest_path(tokens: list[int], choices: list[int], parents: list[int]) -> list[int]:
-    """The longest path from node 0 on which each token is its parent's choice; the first of several."""
-    depth = [1] + [0] * (len(tokens) - 1)  # 0: not reached
-    for node in range(1, len(tokens)):
-        parent = parents[node]
-        if parent >= 0 and depth[parent] and tokens[node] == choices[parent]:
-            depth[node] = depth[parent] + 1
-    node = depth.index(max(depth))
+def longest_path(fits: Sequence[bool], parents: list[int], merit: Sequence[float] | None = None) -> list[int]:
+    """The longest path from node 0 over nodes that fit; of several the one of most merit in all, then the first.
+
+    What stands at node 0 and at nodes without a parent (-1) does not matter. Without `merit` all paths are alike.
+    """
+    reached = {0: (1, 0.0)}  # node -> the length and the merit of the path to it
+    for node in range(1, len(parents)):
+        if fits[node] and parents[node] in reached:
+            length, so_far = reached[parents[node]]
+            reached[node] = length + 1, so_far + (merit[node] if merit else 0.0)
+    node = max(reached, key=reached.__getitem__)
     path = [node]
     while node != 0:
         node = parents[node]

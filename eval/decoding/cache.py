@@ -42,26 +42,28 @@ class Cache:
     def keep(self, path: list[list[int]], slot: Tensor | None = None) -> None:
         """Append the accepted nodes path[b], root first, to the committed prefix of each row b.
 
-        `slot` [batch, nodes] says where they are; None for chains, whose nodes are in place already. The root
-        is in place always.
+        `slot` [batch, nodes] says where they are; None where node i is i slots after the prefix, as in chains, so
+        that some or all are in place already. The root is in place always.
         """
         moves = [
-            (row, node, self.lengths[row] + index)
+            (row, node, self.lengths[row] + node, self.lengths[row] + index)
             for row, nodes in enumerate(path)
             for index, node in enumerate(nodes)
-            if index > 0
+            if index > 0 and (slot is not None or node != index)
         ]
-        if slot is not None and moves:
-            row, node, target = torch.tensor(moves, device=slot.device).unbind(1)
-            self._move(row, slot[row, node], target)
+        if moves:
+            device = None if slot is None else slot.device
+            row, node, source, target = torch.tensor(moves, device=device).unbind(1)
+            self.move(row, source if slot is None else slot[row, node], target, len(self.keys))
         for index, nodes in enumerate(path):
             self.lengths[index] += len(nodes)
 
-    def _move(self, row: Tensor, source: Tensor, target: Tensor) -> None:
-        for stored in (*self.keys, *self.values):
+    def move(self, row: Tensor, source: Tensor, target: Tensor, stop: int) -> None:
+        """Copy slots of rows of the batch, in layers 0..stop-1. The indices broadcast; overlaps are safe."""
+        for stored in (*self.keys[:stop], *self.values[:stop]):
             if stored is not None:
                 row, source, target = (index.to(stored.device) for index in (row, source, target))
-                stored[row, :, target] = stored[row, :, source]  # the right side is a copy: overlaps are safe
+                stored[row, :, target] = stored[row, :, source]  # the right side is a copy
 
 
 @dataclass(frozen=True)

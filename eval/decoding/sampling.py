@@ -21,32 +21,18 @@ if TYPE_CHECKING:
     from eval.decoding.drafters.base import State
 
 DRAFT, ACCEPT, OWN = range(3)  # the purposes that a random number can serve
+MULTIPLIERS = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64)  # as int64
 
 
-class Sampling(Rule):
-    """Draws tokens; the target's distribution p is kept exactly, whatever the drafter's q.
-
-    A draft x ~ q is accepted with probability min(1, p(x) / q(x)). The first one that is not is replaced by a
-    token from norm(max(p - q, 0)); when all are accepted, one more token comes from p. Both p and q are shaped
-    alike. Autoregressive decoding is the case of no drafts.
+class Drawing(Rule):
+    """A rule that draws tokens.
 
     Every random number is a function of the seed, the row's stream, the place of the token in the row's new
     text and the purpose: to draw a draft for that place, to accept it, or to draw the target's own token
     there. So a row's output depends neither on its batch nor on the machine, but for rounding.
 
-    Numbers of a place are used again when a draft there is discarded because an earlier one was rejected. That
-    is sound: whether the draft at a place is accepted, and what replaces it there, depends on numbers of that
-    place and of places before it only, never on what was drafted after it. So the tokens kept by a step, and
-    how many they are, say nothing about the numbers of the places after them, and to the next step, which uses
-    only those, they are as good as new. How many drafts a step has depends on the text and the room left, not
-    on numbers of later places; a draft that is padding is not looked at, and its place's numbers are used by
-    the step that gets there. The target's own token takes its number by its place too, after accepted drafts
-    as after a rejected one.
-
-    Drafts that were not drawn (q is None: looked up, or the likeliest children of a tree's node) are tried with the
-    target's own token: it is drawn after every node by its place's number, and where a child says the same the path
-    goes on there. Trying children one by one, each with the probability that is left to it, accepts with the
-    same probabilities; but so the output is, token by token, the one that plain sampling draws from the same stream.
+    The target's own token is the argmax of its logits with Gumbel noise of that place, which is a draw from their
+    softmax.
 
     One decode at a time: `begin` draws the numbers for all its rows.
     """
@@ -65,58 +51,91 @@ class Sampling(Rule):
         self._row = torch.arange(state.batch, device=state.length.device)[:, None]
         self._begin = torch.tensor(state.prompt_lengths).to(state.length.device)[:, None]  # [batch, 1]
 
+    def numbers(self, position: Tensor, purpose: int) -> Tensor:
+        """The numbers of places in the text, [batch, n] -> [batch, n]."""
+        return self._table[self._row, position - self._begin, purpose]
+
+    def with_noise(self, logits: Tensor, position: Tensor) -> Tensor:
+        """Shaped logits [batch, n, vocab] and the noise of the places that their tokens would have, [batch, n]."""
+        return logits + gumbel_noise(self.numbers(position, OWN), logits)
+
+    def own(self, logits: Tensor, position: Tensor) -> Tensor:
+        """The target's own tokens for places in the text, [batch, n]; -1 where no token is possible.
+
+        Shaped logits [batch, n, vocab]; position [batch, n].
+        """
+        best, tokens = self.with_noise(logits, position).max(dim=-1)
+        return torch.where(best > -torch.inf, tokens, -1)
+
+
+class Sampling(Drawing):
+    """Draws tokens; the target's distribution p is kept exactly, whatever the drafter's q.
+
+    A draft x ~ q is accepted with probability min(1, p(x) / q(x)). The first one that is not is replaced by a
+    token from norm(max(p - q, 0)); when all are accepted, one more token comes from p. Both p and q are shaped
+    alike. Autoregressive decoding is the case of no drafts.
+
+    Numbers of a place are used again when a draft there is discarded because an earlier one was rejected. That
+    is sound: whether the draft at a place is accepted, and what replaces it there, depends on numbers of that
+    place and of places before it only, never on what was drafted after it. So the tokens kept by a step, and
+    how many they are, say nothing about the numbers of the places after them, and to the next step, which uses
+    only those, they are as good as new. How many drafts a step has depends on the text and the room left, not
+    on numbers of later places; a draft that is padding is not looked at, and its place's numbers are used by
+    the step that gets there. The target's own token takes its number by its place too, after accepted drafts
+    as after a rejected one.
+
+    Drafts that were not drawn (q is None) are tried with the target's own token: it is drawn after every node by
+    its place's noise, and where a child says the same the path goes on there. So the output is, token by token,
+    the one that plain sampling draws from the same stream, whatever was drafted: a drafter may look at the noise.
+    One that proposes the tokens which it prefers itself by that noise (`preferences`) is right nearly as often as
+    where the likeliest token is wanted (the coupling of arXiv 2408.07978, with several drafts for a place).
+    Drafts that do not depend on the noise are accepted as if they were tried one by one, each with the
+    probability that is left to it.
+    """
+
+    def preferences(self, state: State, logits: Tensor, draft: Draft) -> Tensor:
+        """Shaped logits and the noise of the places after those nodes."""
+        shaped = self.shaped(state, logits, draft)
+        return self.with_noise(shaped, draft.position[:, -logits.shape[1] :] + 1)
+
     def draft(self, state: State, logits: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """A token drawn from q, [batch, 1], and q, [batch, 1, vocab]."""
         q = self.shaping.after_chain(state, logits, tokens).softmax(dim=-1)
-        return draw(q, self._numbers(state.length + len(tokens), DRAFT)), q
+        return draw(q, self.numbers(state.length + len(tokens), DRAFT)), q
 
     def accept(self, state: State, logits: Tensor, draft: Draft) -> Outcome:
         """Accept drafts up to the first rejection and draw the target's own token.
 
         Raises ValueError for a tree of drawn tokens; UserError where no token has a probability.
         """
-        p = self.shaped(state, logits, draft).softmax(dim=-1)  # [batch, n, vocab], the target's distribution
+        shaped = self.shaped(state, logits, draft)
         if draft.q is None:
-            return self._follow(state, p, logits, draft)
-        return self._reject(state, p, draft.q, logits, draft)
-
-    def _follow(self, state: State, p: Tensor, logits: Tensor, draft: Draft) -> Outcome:
-        """Draw the target's own token after every node, and take the path that says the same."""
-        own = draw(p, self._numbers(draft.position + 1, OWN))  # [batch, n]
-        possible = p.gather(2, own[..., None])[..., 0] > 0
-        outcome = follow(torch.where(possible, own, -1), logits, draft)
-        for row, tokens in enumerate(outcome.tokens):
-            if -1 in tokens and not state.finished[row]:
-                raise UserError(no_token(row))
+            outcome = follow(self.own(shaped, draft.position + 1), logits, draft)
+        else:
+            outcome = self._reject(shaped.softmax(dim=-1), draft.q, logits, draft)
+        check_possible(state, outcome)
         return outcome
 
-    def _reject(self, state: State, p: Tensor, q: Tensor, logits: Tensor, draft: Draft) -> Outcome:
-        """Speculative sampling of a chain that was drawn from q, [batch, n - 1, vocab]."""
+    def _reject(self, p: Tensor, q: Tensor, logits: Tensor, draft: Draft) -> Outcome:
+        """Speculative sampling by p [batch, n, vocab] of a chain that was drawn from q, [batch, n - 1, vocab]."""
         if not draft.is_chain:
             raise ValueError("drawn drafts are verified in chains only; a tree's tokens must not be drawn")
         drafts = draft.tokens[:, 1:]  # [batch, n - 1]
         proposed = (draft.valid & draft.candidate)[:, 1:]
         # 1. Accept drafts up to the first that is rejected or not up for acceptance.
-        kept = self._numbers(draft.position[:, 1:], ACCEPT) < acceptance(p[:, :-1], q, drafts)
+        kept = self.numbers(draft.position[:, 1:], ACCEPT) < acceptance(p[:, :-1], q, drafts)
         taken = (kept & proposed).cumprod(dim=1).sum(dim=1, keepdim=True)  # [batch, 1]
         # 2. Draw the target's own token after the last accepted node.
         weights = own_weights(p, q, proposed, taken)  # [batch, 1, vocab]
-        own = draw(weights, self._numbers(draft.position.gather(1, taken) + 1, OWN))  # [batch, 1]
-        possible = weights.gather(2, own[..., None])[..., 0] > 0
+        own = self.own(weights.log(), draft.position.gather(1, taken) + 1)  # [batch, 1]
         # 3. Tell the host: the step's one synchronisation.
-        columns = [taken, own, possible, proposed.sum(dim=1, keepdim=True), drafts]
+        columns = [taken, own, proposed.sum(dim=1, keepdim=True), drafts]
         outcome = Outcome(draft, [], [], [], logits)
-        for row, (count, token, ok, drafted, *tokens) in enumerate(torch.cat(columns, dim=1).tolist()):
-            if not ok and not state.finished[row]:
-                raise UserError(no_token(row))
+        for count, token, drafted, *tokens in torch.cat(columns, dim=1).tolist():
             outcome.path.append(list(range(count + 1)))
             outcome.tokens.append([*tokens[:count], token])
             outcome.drafted.append(drafted)
         return outcome
-
-    def _numbers(self, position: Tensor, purpose: int) -> Tensor:
-        """The numbers of places in the text, [batch, n] -> [batch, n]."""
-        return self._table[self._row, position - self._begin, purpose]
 
 
 def random_numbers(seed: int, streams: list[int], places: int) -> np.ndarray:
@@ -125,6 +144,25 @@ def random_numbers(seed: int, streams: list[int], places: int) -> np.ndarray:
     place = np.arange(places, dtype=np.uint64)[:, None]
     stream = np.asarray(streams, dtype=np.uint64)[:, None, None]
     return uniform_hash(seed, 0, stream, place, purpose)
+
+
+def gumbel_noise(numbers: Tensor, like: Tensor) -> Tensor:
+    """Standard Gumbel noise for every token, a function of a place's number and the token alone.
+
+    numbers [...] in [0, 1), like [..., vocab] -> [..., vocab], of its dtype. Always finite.
+    """
+    token = torch.arange(like.shape[-1], device=like.device)
+    mixed = (numbers * 2.0**53).long()[..., None] ^ _mixed(token * MULTIPLIERS[0])
+    bits = (_mixed(mixed) >> 11) & (2**53 - 1)
+    uniform = ((bits.to(like.dtype) + 0.5) * 2.0**-53).clamp(max=1 - torch.finfo(like.dtype).eps)
+    return -(-(-uniform).log1p()).log()  # small numbers, the ones that decide, are the exact ones
+
+
+def _mixed(value: Tensor) -> Tensor:
+    """A one-to-one scrambling of int64, which wraps around (SplitMix64's, without its last step)."""
+    for multiplier in MULTIPLIERS:
+        value = (value ^ ((value >> 30) & (2**34 - 1))) * multiplier
+    return value
 
 
 def acceptance(p: Tensor, q: Tensor, tokens: Tensor) -> Tensor:
@@ -168,9 +206,11 @@ def draw(weights: Tensor, numbers: Tensor) -> Tensor:
     return (total > mark).byte().argmax(dim=-1)  # the first
 
 
-def no_token(row: int) -> str:
-    """The error of a row that nothing can follow."""
-    return (
-        f"prompt {row}: no token has a probability there: the generation config forbids every one, or the logits "
-        "are not numbers; relax it, raise the temperature, or load the model with another --dtype"
-    )
+def check_possible(state: State, outcome: Outcome) -> None:
+    """Raises UserError where a row that goes on was to get a token and none could be drawn."""
+    for row, tokens in enumerate(outcome.tokens):
+        if tokens[-1] < 0 and not state.finished[row]:
+            raise UserError(
+                f"prompt {row}: no token has a probability there: the generation config forbids every one, or "
+                "the logits are not numbers; relax it, raise the temperature, or load the model with another --dtype"
+            )

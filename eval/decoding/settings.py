@@ -26,12 +26,27 @@ def make_settings(strategy: str, kind: type[Any], ranges: dict[str, Range], valu
             known = ", ".join(fields) or "none"
             raise UserError(f"{strategy} has no setting '{key}'{nearest(key, fields)}; its settings: {known}")
         if value != fields[key].default and not _fits(value, types[key], ranges.get(key)):
-            wanted = _spoken(types[key], ranges.get(key))
+            wanted = spoken(types[key], ranges.get(key))
             raise UserError(f"{strategy}: {key}={value!r} is not valid; give {wanted}")
     for key, field in fields.items():
         if key not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"{strategy} needs {key}: {_spoken(types[key], ranges.get(key))}")
+            raise UserError(f"{strategy} needs {key}: {spoken(types[key], ranges.get(key))}")
     return kind(**values)
+
+
+def from_text(text: str | None, kind: Any) -> Any:
+    """What a text stands for as a setting of type `kind`; None, no text at all, for True.
+
+    What is neither a number nor a truth stays text. Raises ValueError.
+    """
+    (kind,) = _options(kind)
+    if kind is bool and (text is None or text.lower() in ("true", "false")):
+        return text is None or text.lower() == "true"
+    if kind is bool or text is None:
+        raise ValueError(text)
+    if get_origin(kind) is Literal:
+        return next((choice for choice in get_args(kind) if str(choice) == text), text)
+    return kind(text) if kind in (int, float) else text
 
 
 def nearest(name: str, known: Any) -> str:
@@ -59,7 +74,8 @@ def _fits(value: Any, kind: Any, limits: Range | None) -> bool:
     return isinstance(value, kind)
 
 
-def _spoken(kind: Any, limits: Range | None) -> str:
+def spoken(kind: Any, limits: Range | None = None) -> str:
+    """What may be given for a setting of type `kind`, in words."""
     (kind,) = _options(kind)
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))

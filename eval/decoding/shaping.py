@@ -173,6 +173,18 @@ class Shaping:
             logits = self._in_context(state, logits, draft.tokens, paths)
         return self._without_context(logits)
 
+    def after_texts(self, texts: Sequence[list[int]], prompt_length: int, logits: Tensor) -> Tensor:
+        """Shape what follows whole texts, whose first `prompt_length` tokens are the prompt, logits [texts, vocab]."""
+        logits = _precise(logits)
+        if self.contextual:
+            processors, _ = self._for(prompt_length, logits.device)
+            shaped = [
+                _run(processors, torch.tensor([text], device=logits.device), row[None])
+                for text, row in zip(texts, logits, strict=True)
+            ]
+            logits = torch.cat(shaped)
+        return self._without_context(logits[:, None])[:, 0]
+
     def _in_context(self, state: State, logits: Tensor, tokens: Tensor, paths: list[list[Path]]) -> Tensor:
         """All processors, row by row and node by node. logits [batch, n, vocab], tokens [batch, nodes]."""
         texts = _on_device(state.texts, tokens.device)

@@ -247,7 +247,7 @@ def count(state: State, outcome: Outcome, generations: list[Generation]) -> None
 def keep(state: State, outcome: Outcome) -> None:
     """Make each accepted path the new end of its row in the cache, as far as the row has room."""
     path = [nodes[:room] for nodes, room in zip(outcome.path, state.room, strict=True)]
-    state.cache.keep(path, None if outcome.draft.is_chain else outcome.draft.slot)
+    state.cache.keep(path, None if outcome.draft.in_order else outcome.draft.slot)
 
 
 def settle(

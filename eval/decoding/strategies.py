@@ -6,7 +6,10 @@ from typing import Any
 
 from eval.decoding.drafters.autoregressive import Autoregressive
 from eval.decoding.drafters.base import Drafter
+from eval.decoding.drafters.lookahead import Lookahead
+from eval.decoding.drafters.prompt_lookup import PromptLookup
 from eval.decoding.drafters.self_speculative import SelfSpeculative
+from eval.decoding.drafters.speculative_sampling import SpeculativeSampling
 from eval.decoding.settings import make_settings, nearest
 from layerskip_model.errors import UserError
 from layerskip_model.runner import Runner
@@ -14,6 +17,9 @@ from layerskip_model.runner import Runner
 STRATEGIES: dict[str, type[Drafter]] = {
     "autoregressive": Autoregressive,
     "self_speculative": SelfSpeculative,
+    "speculative_sampling": SpeculativeSampling,
+    "prompt_lookup": PromptLookup,
+    "lookahead": Lookahead,
 }
 ALIASES = {"greedy": "autoregressive"}
 

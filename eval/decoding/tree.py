@@ -28,6 +28,7 @@ class Draft:
             ancestors and itself. All nodes see the committed prefix.
         made: how many slots its making took, where that is more than its nodes: a drafter that made nodes and
             dropped them again leaves gaps.
+        in_order: node i lies in slot length + i. Known without looking; so it is in chains.
         is_chain: every node's parent is the node before it, slot = position, `visible` is None. Known without
             looking.
         is_complete: every node is a valid candidate. Known without looking; False where it is not known.
@@ -44,6 +45,7 @@ class Draft:
     q: Tensor | None = None
     visible: Tensor | None = None
     made: int = 0
+    in_order: bool = False
     is_chain: bool = False
     is_complete: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -47,16 +49,18 @@ def load_model(
     device_map: str | torch.device | dict[str, Any] | None = None,
     quantization: str | None = None,
     attn_implementation: str | None = None,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode, as transformers loads it, each weight straight to its place.
 
     Args:
         name_or_path: a directory, or a hub name.
-        dtype: a name in DTYPES.
+        dtype: a name in DTYPES, or "auto": the one that the checkpoint is stored in.
         device_map: a device, one of DEVICE_MAPS, or the names of modules with theirs ("disk" is one too);
             default: the CPU.
         quantization: one of QUANTIZATIONS, by bitsandbytes, for the layers' matrices; they compute in `dtype`.
         attn_implementation: a name that transformers knows; default: its choice.
+        config: one of fewer layers, in place of the stored one; the weights of the others are not read.
 
     Raises UserError where there is no such model, naming the place and what is missing, and where the stored
     weights are not exactly those of the model: what is missing would be random numbers.
@@ -67,20 +71,33 @@ def load_model(
         with _without_warnings(), nullcontext() if sys.stderr.isatty() else no_progress_bar():
             loaded = AutoModelForCausalLM.from_pretrained(
                 name_or_path,
-                dtype=DTYPES[dtype],
+                dtype=dtype if dtype == "auto" else DTYPES[dtype],
                 device_map=device_map,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, by name
                 **_quantized(name_or_path, quantization, dtype),
                 **_attention(attn_implementation),
+                **({} if config is None else {"config": config}),
             )
     except UserError:
         raise
     except Exception as error:  # the parsers of configurations and weights raise whatever they like
         raise _cannot_load(name_or_path, "cannot be loaded", error) from error
     model, report = loaded
+    if config is not None:
+        depth = config.get_text_config().num_hidden_layers
+        report["unexpected_keys"] = [key for key in report["unexpected_keys"] if not _is_deeper(key, depth)]
     _require_exact_weights(name_or_path, report)
     return model
+
+
+def load_config(name_or_path: str) -> PreTrainedConfig:
+    """The configuration of a checkpoint: a directory or a hub name. Raises UserError if there is none."""
+    _require_checkpoint(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except Exception as error:  # the parser of configurations raises whatever it likes
+        raise _cannot_load(name_or_path, "cannot be loaded", error) from error
 
 
 def has_plain_weights(model: PreTrainedModel) -> bool:
@@ -212,6 +229,12 @@ def _require_exact_weights(name_or_path: str, report: dict[str, Any]) -> None:
             raise UserError(
                 f"{where}: the checkpoint {what}: '{keys[0]}'{more}; is it complete and this type?"
             )
+
+
+def _is_deeper(key: str, depth: int) -> bool:
+    """Whether a weight belongs to a layer that a model of `depth` layers does not have."""
+    layer = re.search(r"\blayers\.(\d+)\.", key)
+    return layer is not None and int(layer[1]) >= depth
 
 
 def _require_known_keys(settings: dict[str, Any], kind: str) -> None:

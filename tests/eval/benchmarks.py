@@ -15,7 +15,11 @@ from eval.contestants import Contestant
 from eval.results import Report, StrategyResult
 
 FOUR = ["autoregressive", "self_speculative", "hf_generate", "hf_early_exit"]
-SETTINGS: dict[str, Any] = {"exit_layer": 2, "num_speculations": 3, "max_steps": 10, "sample": False}
+SETTINGS: dict[str, Any] = {
+    "settings": {"exit_layer": 2, "num_speculations": 3},
+    "max_steps": 10,
+    "sample": False,
+}
 
 
 def dataset(directory: Path, prompts: Sequence[str], *others: dict[str, Any]) -> Path:
@@ -37,8 +41,8 @@ def spy_on(
     """Call `before` ahead of every decode, and let `after` change what comes of it."""
     original = module.make_contestant
 
-    def make(name: str, *args: Any) -> Contestant:
-        contestant = original(name, *args)
+    def make(*args: Any) -> Contestant:
+        contestant = original(*args)
 
         def decode(prompts: list[list[int]], streams: list[int]) -> Any:
             for prompt in prompts:

@@ -8,8 +8,8 @@ import sys
 
 import typer
 
-from eval.command_line import run_app
 from eval.ranks import join_ranks
+from layerskip_model.command_line import run_app
 from layerskip_model.errors import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -57,7 +57,7 @@ BASELINE = [prompt(i, 10, 2.0, accepted_lengths=[1] * 9, distinct_trigram_share=
 def strategy(
     prompts: list[PromptResult], baseline: list[PromptResult] | None = BASELINE, **fields: Any
 ) -> StrategyResult:
-    given = {"label": "Draft", "lossless": True, "chain": True, "settings": {}, **fields}
+    given = {"strategy": "draft", "label": "Draft", "lossless": True, "settings": {}, **fields}
     predicted: dict[str, Any] = {
         name: given.pop(name) for name in ("predicted_speedup", "verify_cost") if name in given
     }

@@ -14,31 +14,34 @@ from eval.results import Report
 from eval.target import Target
 from layerskip_model.errors import UserError
 
+OURS = ["autoregressive", "self_speculative", "prompt_lookup"]
+
 
 @pytest.fixture(scope="module")
 def captured_report(tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """With passes of fixed shape, as on a GPU, which need no compiler; profiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("eval.target.captured", GraphRunner)
-        request = Request(num_samples=3, max_steps=8, num_speculations=2, compile=True, profile=True)
+        request = Request(
+            num_samples=3, max_steps=8, settings={"num_speculations": 2}, compile=True, profile=True
+        )
         return run_benchmark(tiny_target, request)
 
 
 def test_captured_strategies_stand_beside_their_eager_twins(captured_report: Report) -> None:
     names = [strategy.name for strategy in captured_report.strategies]
-    assert names[:4] == ["autoregressive", "self_speculative", "hf_generate", "hf_early_exit"]
-    assert names[4:] == ["autoregressive_not_compiled", "self_speculative_not_compiled"]
+    assert names[:6] == [*OURS, "hf_generate", "hf_early_exit", "hf_prompt_lookup"]
+    assert names[6:] == [f"{name}_not_compiled" for name in OURS]
     assert all(strategy.equal == strategy.compared == 3 for strategy in captured_report.strategies[1:])
-    assert [s.over_eager is not None for s in captured_report.strategies] == [True, True] + [False] * 4
-    assert [s.over_eager for s in captured_report.sampled] == [None] * 4  # twins are greedy alone
+    assert [s.over_eager is not None for s in captured_report.strategies] == [True] * 3 + [False] * 6
+    assert [s.over_eager for s in captured_report.sampled] == [None] * 6  # twins are greedy alone
     assert captured_report.settings["compile"] is True
 
 
 def test_a_profile_has_a_row_for_each_of_ours(captured_report: Report, tmp_path: Path) -> None:
     rows = [(row.name, row.sampled) for row in captured_report.profile]
-    names = ["autoregressive", "self_speculative"]
-    assert rows == [(name, sampled) for sampled in (False, True) for name in names] + [
-        (f"{name}_not_compiled", False) for name in names
+    assert rows == [(name, sampled) for sampled in (False, True) for name in OURS] + [
+        (f"{name}_not_compiled", False) for name in OURS
     ]
     for row in captured_report.profile:
         assert row.steps >= 3
@@ -69,7 +72,7 @@ def test_compiled_passes_from_the_command_line(finished_run: Path, tmp_path: Pat
     assert result.returncode == 0, result.stderr
     report = Report.model_validate_json((tmp_path / "out" / "report.json").read_text())
     assert all(strategy.equal == strategy.compared == 2 for strategy in report.strategies[1:])
-    assert len(report.profile) == 4
+    assert len(report.profile) == 6
 
 
 def test_attention_without_masks_decodes_one_text_at_a_time(

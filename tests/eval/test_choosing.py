@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from eval.decoding.sampling import Sampling
 from eval.decoding.shaping import PROCESSORS, WARPERS
 from eval.decoding.speculate import decode
 from eval.decoding.strategies import make_drafter
+from eval.decoding.typical import Typical
 from eval.target import Target
 from layerskip_model.errors import UserError
 from layerskip_model.runner import Runner
@@ -25,6 +27,7 @@ from tests.tiny_models import tiny_model
 RUNNER = Runner(tiny_model())
 TOKENIZER: Any = SimpleNamespace(eos_token_id=None)
 PROMPT = [3, 4, 5, 6]
+TYPICAL = {"sample": True, "acceptance": "typical"}
 
 
 def target_with(monkeypatch: pytest.MonkeyPatch, **stored: Any) -> Target:
@@ -52,6 +55,29 @@ def target_with(monkeypatch: pytest.MonkeyPatch, **stored: Any) -> Target:
         ({"seed": -1}, "--seed -1 is not valid"),
         ({"seed": 2**64}, "--seed 18446744073709551616 is not valid"),
         ({"seed": 0.5}, "--seed 0.5"),
+        ({"seed": None}, "--seed None"),
+        (
+            {"sample": True, "acceptance": "loose"},
+            "--acceptance loose is not valid; give lossless or typical",
+        ),
+        (
+            {"acceptance": "typical"},
+            "--acceptance typical is for sampling: greedily a draft is kept where it is",
+        ),
+        (
+            {"sample": True, "posterior_alpha": 0.2},
+            "--posterior_alpha 0.2 is for --acceptance typical: add that, or leave --posterior_alpha out",
+        ),
+        (
+            {**TYPICAL, "posterior_threshold": 1.5},
+            "--posterior_threshold 1.5 is not valid; give a number from",
+        ),
+        ({**TYPICAL, "posterior_threshold": True}, "--posterior_threshold True"),
+        (
+            {**TYPICAL, "posterior_alpha": -0.1},
+            "--posterior_alpha -0.1 is not valid; give a number of 0 or more",
+        ),
+        ({**TYPICAL, "posterior_alpha": math.nan}, "--posterior_alpha nan"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(given: dict[str, Any], message: str) -> None:
@@ -69,6 +95,27 @@ def test_greedy_without_settings_costs_nothing(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(RUNNER.model, "generation_config", None)
     rule = make_rule(Target("tiny", RUNNER.model, TOKENIZER, RUNNER), Choosing(sample=True))
     assert isinstance(rule, Sampling)
+
+
+def test_typical_acceptance_has_medusas_limits_or_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = target_with(monkeypatch, top_k=3)
+    choosing = Choosing(sample=True, acceptance="typical")
+    rule = make_rule(target, choosing)
+    assert isinstance(rule, Typical)
+    assert (rule.threshold, rule.alpha) == (0.09, 0.3)
+    rule = make_rule(target, replace(choosing, posterior_threshold=0, posterior_alpha=2))
+    assert isinstance(rule, Typical)
+    assert (rule.threshold, rule.alpha) == (0, 2)
+    # transformers' peers have no such rule: they sample from the same distribution.
+    assert peer_config(target, choosing) == peer_config(target, Choosing(sample=True))
+
+
+def test_what_is_not_lossless_says_so() -> None:
+    assert Choosing().in_words == "greedy"
+    assert Choosing(sample=True).in_words == "sampled"
+    typical = Choosing(sample=True, acceptance="typical", posterior_alpha=0.5)
+    assert typical.in_words == "sampled (not lossless: typical acceptance, threshold 0.09, alpha 0.5)"
+    assert [one.lossless for one in (Choosing(), Choosing(sample=True), typical)] == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from eval.__main__ import app
-from eval.command_line import output_directory, run_app
+from eval.command_line import output_directory
 from eval.results import Report
+from layerskip_model.command_line import run_app
 from layerskip_model.errors import UserError
 
 PROMPT = "def anna_1(value):\n"
@@ -117,7 +118,7 @@ def test_benchmark_prints_a_table_and_nothing_else(
         "table.txt",
     ]
     report = Report.model_validate_json((place / "report.json").read_text())
-    assert len(report.strategies) == 4
+    assert len(report.strategies) == 6
     assert all(strategy.equal == strategy.compared == 3 for strategy in report.strategies[1:])
     assert "python -m eval benchmark --num_samples 3" in report.environment.command
     printed = [line.rstrip() for line in done.stdout.splitlines()]
@@ -144,7 +145,7 @@ def test_help_does_not_load_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "False\n")
-    for command in ("generate", "benchmark", "exits"):
+    for command in ("generate", "benchmark", "correctness", "exits"):
         assert command in done.stdout
 
 
@@ -189,7 +190,9 @@ def test_wrong_flags_are_two_plain_lines(
 
 GENERATE = ["generate", "--model", "{model}", "--prompt", "def"]
 BENCHMARK = ["benchmark", "--model", "{model}", "--dataset", "{good}", "--output_dir", "{out}"]
+CORRECTNESS = ["correctness", "--model", "{model}", "--dataset", "{good}", "--output_dir", "{out}"]
 SELF = ["--generation_strategy", "self_speculative"]
+SPECULATIVE = ["--generation_strategy", "speculative_sampling"]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +209,16 @@ SELF = ["--generation_strategy", "self_speculative"]
             "num_speculations=0 is not valid",
         ),
         ([*GENERATE, "--num_speculations", "3"], "autoregressive has no setting 'num_speculations'"),
+        ([*GENERATE, "--max_ngram", "2"], "autoregressive has no setting 'max_ngram'"),
+        ([*GENERATE, *SPECULATIVE], "speculative_sampling needs draft: the directory or hub name"),
+        ([*GENERATE, *SPECULATIVE, "--draft", "{tmp}/none"], "--draft: model '"),
+        ([*GENERATE, "--acceptance", "typical"], "--acceptance typical is for sampling"),
+        ([*CORRECTNESS, "--strategies", "hf_generate"], "'hf_generate': is transformers' own"),
+        ([*CORRECTNESS, "--strategies", "lookahead:widow=2"], "did you mean 'window'?"),
+        ([*CORRECTNESS, "--strategies", "lookahead", "--draft_tree"], "--draft_tree True: none of the"),
+        ([*CORRECTNESS, "--acceptance", "typical"], "--acceptance typical is not lossless"),
+        ([*CORRECTNESS, "--batch_size", "3"], "--batch_size 3: there are only 2 prompts"),
+        ([*CORRECTNESS, "--distribution", "--draws", "9"], "--draws 9: give 1000 or more"),
         ([*GENERATE, "--sample", "maybe"], "'maybe' is neither True nor False"),
         ([*GENERATE, "--temperature", "0.5"], "--temperature 0.5 is for sampling: add --sample True"),
         ([*GENERATE, "--sample", "false", "--top_k", "5"], "--top_k 5 is for sampling: add --sample True"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from eval.differences import Examiner, next_logits
-from layerskip_model.runner import Runner
+from eval.choosing import Choosing, make_rule
+from eval.decoding.speculate import decode
+from eval.decoding.strategies import make_drafter
+from eval.differences import Examiner, likeliest_gap, next_logits
+from tests.eval.untrained import untrained
 from tests.tiny_models import tiny_model
 
 TEXT = [3, 9, 4, 11, 7, 2]
@@ -24,7 +27,7 @@ def examiner(dtype: torch.dtype, **tied: tuple[int, int, float]) -> tuple[Examin
         weight = model.get_output_embeddings().weight.data
         weight[second] = weight[first] * (1 - distance)
     model.to(dtype)  # type: ignore[arg-type]
-    return Examiner(SimpleNamespace(model=model, runner=Runner(model))), model  # type: ignore[arg-type]
+    return Examiner(untrained(model)), model
 
 
 def ranked(model: Any) -> tuple[list[int], torch.Tensor]:
@@ -118,3 +121,52 @@ def test_a_model_too_large_to_copy_judges_itself(monkeypatch: pytest.MonkeyPatch
     assert found is not None
     assert found.verdict == "bug"
     assert judge._judge is model
+
+
+@pytest.mark.parametrize("choosing", [Choosing(), Choosing(sample=True, seed=3)])
+def test_what_the_rule_sees_is_judged(choosing: Choosing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias of the generation config that lifts the second token right up to the first makes a tie of the two."""
+    plain, model = examiner(torch.float64)
+    judge = Examiner(plain.target, choosing)
+    seen = judge._preferences([TEXT], len(TEXT), next_logits(model, TEXT)[None], 5)[0]  # by stream 5
+    first, second = seen.topk(2).indices.tolist()
+    gap = float(seen[first] - seen[second])
+    for bias, verdict in ((gap, "tie"), (gap / 2, "bug"), (2 * gap, "bug")):
+        config = GenerationConfig(sequence_bias=[[[second], bias]])
+        monkeypatch.setattr(model, "generation_config", config)
+        found = judge.compare(TEXT, [first], [second], 5)
+        assert found is not None
+        assert (found.verdict, found.gap) == (verdict, pytest.approx(abs(gap - bias), abs=1e-5))
+
+
+@pytest.mark.parametrize(
+    ("stored", "choosing"),
+    [
+        ({"repetition_penalty": 3.0}, Choosing()),
+        ({}, Choosing(sample=True, temperature=1.5)),
+        ({"no_repeat_ngram_size": 1, "top_k": 9}, Choosing(sample=True, seed=4)),
+    ],
+)
+def test_the_models_own_choices_are_those_of_plain_decoding(
+    stored: dict[str, Any], choosing: Choosing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, model = examiner(torch.float64)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(**stored))
+    target = plain.target
+    drafter, rule = make_drafter("autoregressive", target.runner), make_rule(target, choosing)
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_ids": (), "rule": rule, "streams": [5]}
+    tokens = decode(target.runner, drafter, [TEXT], **options)[0].tokens
+    judge = Examiner(target, choosing)
+    assert judge.own_choices(TEXT, tokens, 5) == tokens
+    if choosing.sample:
+        assert judge.own_choices(TEXT, tokens, 6) != tokens
+    changed = [*tokens[:3], (tokens[3] + 1) % 64, *tokens[4:]]
+    found = judge.compare(TEXT, tokens, changed, 5)
+    assert found is not None
+    assert (found.position, found.verdict) == (3, "bug")
+
+
+def test_how_far_a_token_is_from_being_chosen() -> None:
+    logits = torch.tensor([1.0, 4.0, -torch.inf, -5.0], dtype=torch.float64)
+    assert likeliest_gap(logits, logits + 0.5, (0, 1)) == pytest.approx((3.0, 0.5, 5.0))
+    assert likeliest_gap(logits, logits, (1, 2)) == (torch.inf, 0.0, 5.0)

@@ -111,6 +111,25 @@ def test_mistakes_are_named(tiny_target: Target, strategy: str, fields: dict[str
         Generator.make(tiny_target, strategy, **fields)
 
 
+def test_what_is_not_lossless_says_so_and_a_tree_has_no_rate(tiny_target: Target) -> None:
+    def cost(choosing: Choosing, **settings: Any) -> str:
+        drafting = {"exit_layer": 1, "num_speculations": 2, **settings}
+        generator = Generator.make(
+            tiny_target, "self_speculative", max_new_tokens=12, choosing=choosing, **drafting
+        )
+        return generator.cost(generator.generate(PROMPTS))
+
+    chain, tree = cost(Choosing()), cost(Choosing(), draft_tree=True)
+    assert "acceptance rate" in chain
+    assert "acceptance rate" not in tree
+    assert "acceptance length" in chain
+    assert "acceptance length" in tree
+    typical = cost(Choosing(True, acceptance="typical", temperature=0.8))
+    assert "not lossless" in typical
+    assert "temperature 0.8" in typical
+    assert "not lossless" not in cost(Choosing(True))
+
+
 def test_lines_are_answered_until_the_end(
     tiny_target: Target, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

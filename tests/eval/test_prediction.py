@@ -39,7 +39,7 @@ def test_the_prediction_by_hand(tiny_target: Target, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(prediction, "verify_cost", cost)
     prompts = decoded([[4, 4, 4], [2] * 6], [[3, 3]])
-    summary = strategy(prompts, name="self_speculative", settings=SETTINGS)
+    summary = strategy(prompts, strategy="self_speculative", settings=SETTINGS)
     found = with_prediction(tiny_target, summary)
     assert asked == [
         (1, 4, 10, 2)
@@ -51,8 +51,13 @@ def test_the_prediction_by_hand(tiny_target: Target, monkeypatch: pytest.MonkeyP
 def test_there_is_no_prediction_without_drafts(tiny_target: Target) -> None:
     prompts = decoded([[4, 4]])
     for other in (
-        strategy(prompts, name="autoregressive"),
-        strategy([prompt(0, 1, 1.0)], name="self_speculative", settings=SETTINGS),  # ended by its first token
+        strategy(prompts, strategy="autoregressive"),
+        strategy(
+            [prompt(0, 1, 1.0)], strategy="self_speculative", settings=SETTINGS
+        ),  # ended by its first token
+        strategy(
+            prompts, strategy="self_speculative", settings={**SETTINGS, "draft_tree": True}
+        ),  # no fixed chain
     ):
         assert with_prediction(tiny_target, other) == other
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
 from eval.decoding.acceptance import Greedy
 from eval.decoding.capture import GraphRunner
 from eval.decoding.drafters.base import Drafter
+from eval.decoding.drafters.speculative_sampling import DraftModel, SpeculativeSampling
 from eval.decoding.speculate import decode
 from eval.decoding.strategies import make_drafter
 from eval.profile import PHASES, Profile, _Clock, profile_decode
@@ -52,15 +54,42 @@ def test_the_forwards_after_the_prefill_are_run_again_each_once(monkeypatch: pyt
 
     monkeypatch.setattr(Runner, "forward", noting)
     clock = _Clock(RUNNER)
-    decode(
-        clock.runner, clock.watch(self_speculative(clock.runner)), PROMPTS, max_new_tokens=9, eos_token_ids=()
-    )
+    drafter = self_speculative(clock.runner)
+    with clock.watching(drafter):
+        decode(clock.runner, drafter, PROMPTS, max_new_tokens=9, eos_token_ids=())
     made = list(passes)
     passes.clear()
     clock.replay()
     assert passes == made
     assert (1, 0, 1) in made
     assert (4, 1, 4) in made
+
+
+def test_a_draft_models_forwards_are_drafting() -> None:
+    own = Runner(agreeing_model())
+    counted: list[int] = []
+
+    class Counting(SpeculativeSampling):
+        def _run(self, tokens: Tensor, first: int, *, head: bool = True) -> Tensor:
+            counted.append(tokens.shape[1])
+            return super()._run(tokens, first, head=head)
+
+    settings = SpeculativeSampling.Settings(DraftModel("small", own), 3)
+    clock = _Clock(RUNNER)
+    drafter = Counting(clock.runner, settings)
+    with clock.watching(drafter):
+        rows = decode(clock.runner, drafter, PROMPTS[:1], max_new_tokens=12, eos_token_ids=())
+    assert (
+        len(clock.forwards) == len(counted) - 1 + rows[0].target_forwards
+    )  # all but the draft model's prefill
+    assert clock.profile.seconds["draft forwards"] > 0
+    assert clock.replay() > 0
+    assert "forward" not in vars(own)
+    profile = profile_decode(
+        RUNNER, lambda runner: SpeculativeSampling(runner, settings), Greedy, PROMPTS, max_new_tokens=12,
+        eos_token_ids=(),
+    )  # fmt: skip
+    assert profile.seconds["draft forwards"] > 0
 
 
 def test_a_kept_cache_is_left_as_it_was() -> None:

@@ -16,6 +16,8 @@ from eval.results import Difference, Report, TrainingPoint
 from layerskip_model.errors import UserError
 from tests.eval.samples import BASELINE, EXITS, TRAINING, failed, prompt, report, strategy
 
+DRAFTS = {"accepted_lengths": [2], "drafted": 2, "accepted": 1, "proposals_at": [1, 1], "accepted_at": [1, 0]}
+
 
 def written(report: Report, directory: Path) -> tuple[str, str, str]:
     write_report(report, directory)
@@ -142,7 +144,13 @@ def test_only_one_strategy(tmp_path: Path) -> None:
 
 def test_not_lossless_is_said_everywhere(tmp_path: Path) -> None:
     difference = Difference(position=2, expected=1, got=4, gap=3.0, verdict="bug")
-    drafts = {"accepted_lengths": [3], "drafted": 2, "accepted": 2, "proposals_at": [1], "accepted_at": [1]}
+    drafts = {
+        "accepted_lengths": [3],
+        "drafted": 2,
+        "accepted": 2,
+        "proposals_at": [1, 1],
+        "accepted_at": [1, 1],
+    }
     prompts = [prompt(0, 10, 0.1, tokens_equal=False, difference=difference, **drafts), failed(1)]
     found = report(strategy(prompts, label="Typical", lossless=False))
     _, markdown, _ = written(found, tmp_path)
@@ -182,10 +190,7 @@ def test_many_differences_are_cut_and_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_terminal_tables_never_cut_a_number(width: int) -> None:
     found = strategy(
-        [
-            prompt(i, 10, 1.0 + i / 10, accepted_lengths=[2], drafted=2, accepted=1, tokens_equal=True)
-            for i in range(4)
-        ],
+        [prompt(i, 10, 1.0 + i / 10, tokens_equal=True, **DRAFTS) for i in range(4)],
         settings={"exit_layer": 4, "num_speculations": 6},
         predicted_speedup=1.75,
     )

@@ -10,12 +10,12 @@ import pytest
 
 from eval.results import PromptResult
 from eval.statistics import median_ratio, pooled_rate, pooled_ratio
-from eval.summary import with_ratio
+from eval.summary import rivals, with_ratio
 from tests.eval.samples import BASELINE, failed, prompt, strategy
 
 
 def test_summary_by_hand() -> None:
-    first = {"accepted_lengths": [3, 1], "drafted": 6, "accepted": 2, "distinct_trigram_share": 1.0}
+    first = {"accepted_lengths": [3, 1], "drafted": 4, "accepted": 2, "distinct_trigram_share": 1.0}
     second = {"accepted_lengths": [4], "drafted": 3, "accepted": 3, "distinct_trigram_share": 0.5}
     prompts = [
         prompt(0, 10, 1.0, proposals_at=[2, 2], accepted_at=[1, 1], tokens_equal=True, **first),
@@ -30,14 +30,18 @@ def test_summary_by_hand() -> None:
     assert found.speedup_pooled.value == pytest.approx(15 / 5)
     assert found.prefill_seconds == pytest.approx(0.015)
     assert found.acceptance_length == pytest.approx(8 / 3)
-    assert found.acceptance_rate == pytest.approx(5 / 9)
+    assert found.acceptance_rate == pytest.approx(5 / 7)
     assert found.acceptance_at == pytest.approx([2 / 3, 2 / 3, 1.0])
     assert (found.equal, found.compared, found.failed, found.left_out) == (1, 2, 0, 0)
     assert found.distinct_trigram_share == pytest.approx(0.75)
 
 
 def test_a_tree_has_no_acceptance_rate_and_the_baseline_no_speedup() -> None:
-    assert strategy([prompt(0, 10, 1.0, drafted=6, accepted=2)], chain=False).acceptance_rate is None
+    chain = prompt(0, 10, 1.0, drafted=2, accepted=1, proposals_at=[1, 1], accepted_at=[1, 0])
+    tree = prompt(1, 10, 1.0, drafted=6, accepted=2)
+    for prompts in ([tree], [chain, tree]):  # also where some drafts only were chains
+        assert (strategy(prompts).acceptance_rate, strategy(prompts).acceptance_at) == (None, [])
+    assert (strategy([chain]).acceptance_rate, strategy([chain]).acceptance_at) == (0.5, [1.0, 0.0])
     base = strategy(BASELINE, None)
     assert base.speedup_median is None
     assert base.speedup_pooled is None
@@ -47,7 +51,7 @@ def test_a_tree_has_no_acceptance_rate_and_the_baseline_no_speedup() -> None:
 
 def test_zero_acceptance_is_a_number() -> None:
     prompts = [
-        prompt(0, 3, 1.0, accepted_lengths=[1, 1], drafted=4, accepted=0, proposals_at=[2], accepted_at=[0])
+        prompt(0, 3, 1.0, accepted_lengths=[1, 1], drafted=2, accepted=0, proposals_at=[2], accepted_at=[0])
     ]
     found = strategy(prompts)
     assert (found.acceptance_length, found.acceptance_rate, found.acceptance_at) == (1.0, 0.0, [0.0])
@@ -111,6 +115,26 @@ def test_memory_is_the_largest_batchs_and_its_ratio_paired() -> None:
         assert strategy(measured(*ours), measured(*base), weight_bytes=90).memory_ratio is None
     assert strategy(measured(110, 20), None, weight_bytes=90).memory_ratio is None
     assert strategy(measured(110, 20), measured(100, 0)).memory_ratio is None  # nothing to compare with
+
+
+def test_ours_is_compared_with_the_peer_that_does_the_same() -> None:
+    given: dict[str, Any] = {"settings": {"max_ngram": 3}}
+    ours = strategy([prompt(i, 10, 1.0) for i in range(3)], name="a", strategy="prompt_lookup", **given)
+    peer = strategy(
+        [prompt(0, 10, 1.5), failed(1), prompt(2, 10, 2.0)], name="b", strategy="hf_prompt_lookup", **given
+    )
+    (found,) = rivals([ours, peer], seed=3)
+    assert (found.ours, found.peer, found.sampled) == ("a", "b", False)
+    assert found.ratio == median_ratio([10, 10], [1.0, 1.0], [10, 10], [1.5, 2.0], seed=3)
+    for change in (
+        {"settings": {"max_ngram": 2}},
+        {"settings": {"max_ngram": 3, "more": 1}},
+        {"strategy": "lookahead"},
+        {"sampled": True},
+        {"lossless": False},
+        {"prompts": [failed(0), prompt(1, 10, 1.0), failed(2)]},
+    ):
+        assert rivals([ours.model_copy(update=change), peer], seed=3) == []
 
 
 def test_a_compiled_strategy_is_compared_with_its_twin() -> None:

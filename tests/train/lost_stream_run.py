@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from eval.command_line import run_app
+from layerskip_model.command_line import run_app
 from train.__main__ import app
 from train.data import stream_rows, streams
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -110,9 +111,14 @@ class State:
             entry_layer=entry_layer,
             hidden=hidden,
             q=q,
+            in_order=True,
             is_chain=True,
             is_complete=is_complete,
         )
+
+    def has_room(self, ahead: int) -> Tensor:
+        """Whether rows may take a draft so far after their root, and the target's own token. bool [batch, 1]."""
+        return ahead < self._room
 
     def context(self, draft: Draft, first: int = 0, stop: int | None = None) -> Context:
         """The context to run nodes first..stop-1 of a draft (all by default) through any layers.
@@ -123,16 +129,29 @@ class State:
         if draft.is_chain:
             return self.chain_context(first, stop - first)
         visible = ancestor_mask(draft.parents) if draft.visible is None else draft.visible
-        visible = by_slot(visible[:, first:stop], draft.slot - self.length, draft.span)
-        extent = max(self.lengths) + draft.span
-        key_position = self.tables.position[:, :extent].expand(self.batch, -1)
-        key_position = key_position.scatter(1, draft.slot, draft.position)
-        if self._start is not None:
-            seen = F.pad(visible, (self._start, 0), value=True)
+        view: SpanView | SlotView
+        if draft.in_order and self._start is not None:
+            extent = self._start + stop
+            view = SpanView(self.cache, self._start + first, extent)
+            seen = F.pad(visible[:, first:stop, :stop], (self._start, 0), value=True)
         else:
+            extent = max(self.lengths) + draft.span
+            view = SlotView(self.cache, self._row, draft.slot[:, first:stop], extent)
+            visible = by_slot(visible[:, first:stop], draft.slot - self.length, draft.span)
             seen = after_prefix(visible, self.length, extent)
-        view = SlotView(self.cache, self._row, draft.slot[:, first:stop], extent)
+        key_position = self.tables.position[:, :extent]
+        if any(self.tables.windows.values()):
+            nodes = slice(stop if draft.in_order else None)
+            key_position = key_position.expand(self.batch, -1).scatter(
+                1, draft.slot[:, nodes], draft.position[:, nodes]
+            )
         return self.runner.scattered(view, self.tables, draft.position[:, first:stop], seen, key_position)
+
+    def packed(self, draft: Draft) -> Draft:
+        """The same draft without gaps, its nodes in order: what has run of them is moved there."""
+        slot = self.length + self._nodes[:, 1 : draft.num_nodes + 1]
+        self.cache.move(self._row, draft.slot, slot, draft.entry_layer)
+        return replace(draft, slot=slot, made=0, in_order=True)
 
     def chain_context(self, first: int, count: int) -> Context:
         """The context of rows first..first+count-1 of a chain that begins after the committed prefix."""
@@ -161,11 +180,16 @@ class Drafter(ABC):
         needs: layers whose outgoing states are handed to `start` and `advance`. After a draft that entered in
             mid-stack those below its entry layer are missing: the drafter made them itself.
         max_nodes: the largest `span` of its drafts, the root included.
+        own_runners: those that it drafts with beside the target's.
+        draws: whether a rule that samples draws its tokens (`Rule.draft`); else what it samples is, token by token,
+            what plain decoding would.
     """
 
     Settings: ClassVar[type[Any]]
     needs: tuple[int, ...] = ()
     max_nodes: int = 1
+    own_runners: tuple[Runner, ...] = ()
+    draws: bool = False
 
     def __init__(self, runner: Runner, settings: Any) -> None:
         self.runner = runner

@@ -14,6 +14,7 @@ from eval.decoding.sampling import Sampling
 from eval.decoding.shaping import Shaping
 from eval.decoding.speculate import decode
 from eval.decoding.strategies import make_drafter
+from eval.distribution import pearson
 from layerskip_model.runner import Runner
 from tests.tiny_models import agreeing_model
 
@@ -45,7 +46,7 @@ def sampling(settings: dict[str, Any], seed: int = 0) -> Sampling:
     return Sampling(Shaping(settings, (), VOCABULARY), seed)
 
 
-def draws(runner: Runner, strategy: str, rule: Rule, rows: int = ROWS, **settings: int) -> Tensor:
+def draws(runner: Runner, strategy: str, rule: Rule, rows: int = ROWS, **settings: Any) -> Tensor:
     """The same prompt continued many times in one batch, each row on a stream of its own, [rows, TOKENS]."""
     drafter = make_drafter(strategy, runner, **settings)
     done = decode(runner, drafter, [PROMPT] * rows, max_new_tokens=TOKENS, eos_token_ids=(), rule=rule)
@@ -81,7 +82,7 @@ def naive_distribution(logits: Tensor, settings: dict[str, Any]) -> Tensor:
 def p_value(tokens: Tensor, expected: Tensor) -> float:
     """Pearson's chi-square test of draws [rows, count] against the probabilities of all texts.
 
-    Cells with fewer than five expected draws are taken together. A text that cannot be is proof: 0.
+    A text that cannot be is proof: 0.
     """
     rows, count = tokens.shape
     index = (tokens * VOCABULARY ** torch.arange(count - 1, -1, -1)).sum(dim=1)
@@ -89,10 +90,4 @@ def p_value(tokens: Tensor, expected: Tensor) -> float:
     wanted = expected * rows
     if (observed[wanted == 0] > 0).any():
         return 0.0
-    big = wanted >= 5
-    observed = torch.cat([observed[big], observed[~big].sum()[None]])
-    wanted = torch.cat([wanted[big], wanted[~big].sum()[None]])
-    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
-    statistic = ((observed - wanted) ** 2 / wanted).sum()
-    freedom = torch.tensor((len(wanted) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, statistic / 2))
+    return pearson(observed, wanted).p_value

@@ -30,8 +30,12 @@ def test_longest_path_is_the_longest_agreeing_one(data: st.DataObject) -> None:
     agreeing = [
         path for path in all_paths(parents) if all(tokens[b] == choices[a] for a, b in pairwise(path))
     ]
-    longest = max(len(path) for path in agreeing)
-    assert longest_path(tokens, choices, parents) in [path for path in agreeing if len(path) == longest]
+    longest = [path for path in agreeing if len(path) == max(map(len, agreeing))]
+    fits = [parent >= 0 and token == choices[parent] for token, parent in zip(tokens, parents, strict=True)]
+    assert longest_path(fits, parents) == min(longest, key=lambda path: path[-1])
+    merit = data.draw(st.lists(st.integers(-3, 0).map(float), min_size=n, max_size=n))
+    best = min(longest, key=lambda path: (-sum(merit[node] for node in path[1:]), path[-1]))
+    assert longest_path(fits, parents, merit) == best
 
 
 def one_hot(choices: list[list[int]]) -> Tensor:

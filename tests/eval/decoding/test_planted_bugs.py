@@ -201,6 +201,14 @@ def same_numbers_everywhere(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sampling, "random_numbers", wrong)
 
 
+def noise_of_one_place(patch: pytest.MonkeyPatch) -> None:
+    """Whatever the place, the target's own token has the noise of the first one."""
+    own = sampling.Sampling.own
+    patch.setattr(
+        sampling.Sampling, "own", lambda self, logits, position: own(self, logits, position * 0 + self._begin)
+    )
+
+
 SAMPLING_BUGS: dict[str, Plant] = {
     "drafts are always accepted": lambda patch: patch.setattr(
         sampling, "acceptance", lambda p, q, tokens: torch.ones(tokens.shape)
@@ -212,9 +220,7 @@ SAMPLING_BUGS: dict[str, Plant] = {
     "one number draws a draft and accepts it": lambda patch: patch.setattr(
         sampling, "ACCEPT", sampling.DRAFT
     ),
-    "one number draws a draft and what replaces it": lambda patch: patch.setattr(
-        sampling, "OWN", sampling.DRAFT
-    ),
+    "all of the target's own tokens have the same noise": noise_of_one_place,
     "every place has the same numbers": same_numbers_everywhere,
 }
 

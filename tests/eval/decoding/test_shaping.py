@@ -139,38 +139,57 @@ def test_every_warper_is_tried() -> None:
     assert {name for settings in tried for name in settings} >= set(WARPERS)
 
 
-def tree(tokens: Tensor, parents: list[int]) -> Draft:
+def tree(tokens: Tensor, *parents: list[int]) -> Draft:
+    """The tree with these parents, one list for each row."""
     place = torch.arange(tokens.shape[1]).expand_as(tokens)
     true = torch.ones_like(tokens, dtype=torch.bool)
-    return Draft(tokens, torch.tensor([parents, parents]), place, place, true, true)
+    return Draft(tokens, torch.tensor(parents), place, place, true, true)
+
+
+EOS_TOKEN = 5
+IN_CONTEXT = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 2, "min_new_tokens": 3, "temperature": 0.5}
+
+
+def naively_shaped(logits: Tensor, text: list[int], prompt_length: int) -> Tensor:
+    """IN_CONTEXT by hand: logits [vocab] after a text."""
+    expected = logits.clone()
+    for token in set(text):
+        expected[token] *= 2.0 if expected[token] < 0 else 0.5
+    for place in range(1, len(text)):
+        if text[place - 1] == text[-1]:
+            expected[text[place]] = -torch.inf
+    if len(text) - prompt_length < 3:
+        expected[EOS_TOKEN] = -torch.inf
+    return expected / 0.5
 
 
 def test_every_node_is_shaped_by_the_text_up_to_it() -> None:
-    settings = {"repetition_penalty": 2.0, "no_repeat_ngram_size": 2, "temperature": 0.5}
-    shaping = Shaping(settings, (), RUNNER.vocab_size)
+    """Trees of two rows, one with padding; all nodes, and the last ones alone as a drafter has them."""
+    shaping = Shaping(IN_CONTEXT, (EOS_TOKEN,), RUNNER.vocab_size)
     texts = [[7, 8, 9, 7], [8, 9]]
     state = state_of(texts, [2, 1])
     tokens = torch.tensor([[7, 8, 9, 11, 8], [9, 8, 9, 11, 8]])
     logits = torch.randn((2, 5, RUNNER.vocab_size), generator=torch.Generator().manual_seed(0))
     before = logits.clone()
-    shaped = shaping.after_nodes(state, logits, tree(tokens, [-1, 0, 0, 2, 3]))
-    paths = [[], [1], [2], [2, 3], [2, 3, 4]]
+    draft = tree(tokens, [-1, 0, 0, 2, 3], [-1, 0, 1, -1, 1])
+    shaped = shaping.after_nodes(state, logits, draft)
+    paths: list[list[list[int] | None]] = [[[], [1], [2], [2, 3], [2, 3, 4]], [[], [1], [1, 2], None, [1, 4]]]
     for row, text in enumerate(texts):
-        for node, path in enumerate(paths):
-            whole = text + tokens[row, path].tolist()
-            expected = logits[row, node].clone()
-            for token in set(whole):
-                expected[token] *= 2.0 if expected[token] < 0 else 0.5
-            for place in range(1, len(whole)):
-                if whole[place - 1] == whole[-1]:
-                    expected[whole[place]] = -torch.inf
-            torch.testing.assert_close(shaped[row, node], expected / 0.5)
+        for node, path in enumerate(paths[row]):
+            if path is not None:
+                whole = text + tokens[row, path].tolist()
+                expected = naively_shaped(logits[row, node], whole, state.prompt_lengths[row])
+                torch.testing.assert_close(shaped[row, node], expected)
+    assert (shaped[..., EOS_TOKEN] == -torch.inf).any(dim=1).all()
+    assert (shaped[..., EOS_TOKEN] > -torch.inf).any(dim=1).all()
+    for first in range(1, 5):
+        assert shaping.after_nodes(state, logits[:, first:], draft).equal(shaped[:, first:])
     assert (logits == before).all()
 
 
 def test_a_chain_is_a_tree() -> None:
     tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    whole = tree(tokens, [-1, 0, 1])
+    whole = tree(tokens, [-1, 0, 1], [-1, 0, 1])
     chain = Draft(**{**vars(whole), "is_chain": True})
     for slices, lists in zip(node_paths(chain), node_paths(whole), strict=True):
         assert [tokens[0, path].tolist() for path in slices] == [tokens[0, path].tolist() for path in lists]
@@ -226,7 +245,7 @@ def test_a_drafter_is_shaped_as_the_target_is() -> None:
     state = state_of([[7, 8, 9, 7], [8, 9]], [2, 1])
     tokens = torch.tensor([[7, 8, 9, 11], [9, 8, 9, 11]])
     logits = torch.randn((2, 4, RUNNER.vocab_size), generator=torch.Generator().manual_seed(0))
-    chain = Draft(**{**vars(tree(tokens, [-1, 0, 1, 2])), "is_chain": True})
+    chain = Draft(**{**vars(tree(tokens, *[[-1, 0, 1, 2]] * 2)), "is_chain": True})
     shaped = shaping.after_nodes(state, logits, chain)
     for node in range(4):
         before = list(tokens[:, : node + 1].split(1, dim=1))

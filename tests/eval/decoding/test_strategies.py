@@ -17,7 +17,8 @@ RUNNER = Runner(tiny_model())
 
 def test_settings_can_be_inspected() -> None:
     drafter = make_drafter("self_speculative", RUNNER, exit_layer=2, num_speculations=3)
-    assert dataclasses.asdict(drafter.settings) == {"exit_layer": 2, "num_speculations": 3}
+    given = {"exit_layer": 2, "num_speculations": 3}
+    assert dataclasses.asdict(drafter.settings).items() >= given.items()
     assert (drafter.max_nodes, drafter.depth) == (4, 4)
     assert make_drafter("autoregressive", RUNNER, exit_layer=3).depth == 3
     assert make_drafter("greedy", RUNNER, exit_layer=None).depth == 4
