@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eval.benchmark import Request, run_benchmark
     from eval.choosing import Choosing
+    from eval.correctness import Check, check_tokens
+    from eval.distribution import check_distribution
     from eval.exits import heldout_texts, measure_exits
     from eval.generate import Generator
     from eval.report import write_report
     from eval.target import Target, load_target
 
 __all__ = [
+    "Check",
     "Choosing",
     "Generator",
     "Request",
     "Target",
+    "check_distribution",
+    "check_tokens",
     "heldout_texts",
     "load_target",
     "measure_exits",
@@ -25,10 +30,13 @@ __all__ = [
     "write_report",
 ]
 _MODULES = {
+    "Check": "correctness",
     "Choosing": "choosing",
     "Generator": "generate",
     "Request": "benchmark",
     "Target": "target",
+    "check_distribution": "distribution",
+    "check_tokens": "correctness",
     "heldout_texts": "exits",
     "load_target": "target",
     "measure_exits": "exits",
