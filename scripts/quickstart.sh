@@ -19,7 +19,9 @@ accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dyna
     --num_cpu_threads_per_process "$(python -c "import torch; print(torch.get_num_threads())")" \
     -m train recipes/quickstart/layerskip.yaml "${fresh[@]}"
 if [ ! -f "$report/report.html" ]; then
-    python -m eval benchmark --run "$run" --output_dir "$report" # the exit and drafts that the run found best
+    # the exit and drafts that the run found best, and drafts that stop by themselves
+    python -m eval benchmark --run "$run" --output_dir "$report" --strategies \
+        "self_speculative,self_speculative:draft_stop=confidence:num_speculations=8,prompt_lookup,hf_generate,hf_early_exit,hf_prompt_lookup"
 else
     cat "$report/table.txt"
     echo "reusing $report/report.html; pass --fresh to start over" >&2
