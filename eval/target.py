@@ -39,8 +39,15 @@ class RunFiles:
 
     @property
     def model(self) -> Path:
-        """The exported checkpoint."""
-        return self.directory / self.content["base"]
+        """The checkpoint to decode with: what the run exported, or the model that it trained heads for."""
+        exported = self.directory / self.content["base"]
+        return exported if exported.is_dir() else Path(self.content["base"])
+
+    @property
+    def heads(self) -> Path | None:
+        """The heads that it exported, if it trained some."""
+        name = self.content.get("heads")
+        return None if name is None else self.directory / name
 
     @property
     def heldout(self) -> Path:

@@ -49,21 +49,25 @@ TargetOf = Callable[[slice], OneHot | Soft]
 
 
 def chunked_sum(
-    states: Iterable[Tensor], weights: Sequence[float], head: HeadMap, counted: Tensor, target_of: TargetOf
+    states: Iterable[Tensor],
+    weights: Sequence[float],
+    head: HeadMap,
+    counted: Sequence[Tensor],
+    targets: Sequence[TargetOf],
 ) -> tuple[Tensor, list[Tensor]]:
-    """The weighted sum of each state's loss over the rows `counted` [rows], and the losses themselves."""
+    """The weighted sum of each state's loss over its rows `counted` [rows], and the losses themselves."""
     total: Tensor | None = None
     losses: list[Tensor] = []
     shared: _SharedHead | None = None
     remaining = iter(states)
-    for weight in weights:
+    for weight, rows, target_of in zip(weights, counted, targets, strict=True):
         hidden = next(remaining)
-        shared = shared or _SharedHead(head, matmul_dtype(hidden), len(counted))
+        shared = shared or _SharedHead(head, matmul_dtype(hidden), max(map(len, counted)))
         # The first of the chain stands for the head, and hands over the gradient that all of them add to.
         inputs = [hidden, total, *((head.weight, head.bias) if total is None else (None, None))]
         if not torch.is_grad_enabled():  # a Function is not told so, and would make gradients
             inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
-        total, loss = _ChunkedLoss.apply(*inputs, shared, weight, counted, target_of)
+        total, loss = _ChunkedLoss.apply(*inputs, shared, weight, rows, target_of)
         losses.append(loss)
         del hidden, inputs  # before the next state is made
     assert total is not None

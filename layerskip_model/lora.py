@@ -7,6 +7,7 @@ and B starts at zero, so that the model begins as it was.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def add_lora(
 def has_lora(model: nn.Module) -> bool:
     """Whether `add_lora` has been at it."""
     return any(True for _ in _adapted(model))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before `add_lora` while this lasts. What trains stays as it is: nothing is frozen by it."""
+    adapted = [layer for _, layer in _adapted(model)]
+    for layer in adapted:
+        layer._disable_adapters = True  # peft's own way also takes the gradients away, which DDP counts on
+    try:
+        yield
+    finally:
+        for layer in adapted:
+            layer._disable_adapters = False
 
 
 @torch.no_grad()

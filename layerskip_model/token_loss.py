@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from layerskip_model.chunked_loss import OneHot, Soft, chunked_sum
+from layerskip_model.chunked_loss import OneHot, Soft, TargetOf, chunked_sum
 from layerskip_model.head_map import HeadMap, chunks, matmul_dtype, wide_logits
 
 IGNORE_INDEX = -100
@@ -46,21 +46,24 @@ def cross_entropy_sum(hidden: Tensor, labels: Tensor, head: HeadMap) -> Tensor:
 
 
 def weighted_cross_entropy(
-    hidden: Iterable[Tensor], weights: Sequence[float], labels: Tensor, head: HeadMap
+    hidden: Iterable[Tensor], weights: Sequence[float], labels: Tensor | Sequence[Tensor], head: HeadMap
 ) -> tuple[Tensor, list[Tensor]]:
-    """sum_i w_i CE_i over several hidden states of the same tokens and one head, and each CE_i.
+    """sum_i w_i CE_i over several hidden states and one head, and each CE_i.
 
     Args:
         hidden: normed hidden states [tokens, hidden], one for each weight. A generator holds one at a time.
         weights: w_i, for example e~(t, l) of arXiv 2404.16710.
-        labels, head: as in :func:`cross_entropy_sum`, shared by all.
+        labels: as in :func:`cross_entropy_sum`, shared by all, or a list with one for each.
+        head: as there.
 
     Returns:
         The weighted sum, a scalar as :func:`cross_entropy_sum` returns it, and the CE_i, without gradients.
     """
-    counted = _indices(labels != IGNORE_INDEX)
-    kept = labels[counted]
-    return chunked_sum(hidden, weights, head, counted, lambda rows: OneHot(kept[rows]))
+    if isinstance(labels, Tensor):
+        counted, target = _hard_target(labels)
+        return chunked_sum(hidden, weights, head, [counted] * len(weights), [target] * len(weights))
+    each = [_hard_target(own) for own in labels]
+    return chunked_sum(hidden, weights, head, [rows for rows, _ in each], [target for _, target in each])
 
 
 def soft_cross_entropy_sum(
@@ -101,15 +104,22 @@ def predictions(hidden: Tensor, labels: Tensor, head: HeadMap) -> tuple[Tensor, 
         -log p(label), float32 [tokens], 0 where the label is ``IGNORE_INDEX``; and the argmax of every row,
         ignored or not, int64 [tokens].
     """
+    nll, best = top_predictions(hidden, labels, head, 1)
+    return nll, best[:, 0]
+
+
+@torch.no_grad()
+def top_predictions(hidden: Tensor, labels: Tensor, head: HeadMap, number: int) -> tuple[Tensor, Tensor]:
+    """As :func:`predictions`, with the `number` likeliest tokens, best first: int64 [tokens, number]."""
     head = head.to(matmul_dtype(hidden))
     nll = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    best = torch.zeros_like(labels)
+    best = torch.zeros(len(labels), number, dtype=torch.int64, device=hidden.device)
     ignored = labels == IGNORE_INDEX
     for rows in chunks(len(hidden), head):
         log_p = F.log_softmax(wide_logits(hidden[rows], head), dim=-1)  # [chunk, vocab]
         chosen = log_p.gather(1, labels[rows].masked_fill(ignored[rows], 0)[:, None])[:, 0]
         nll[rows] = -chosen.masked_fill(ignored[rows], 0).float()
-        best[rows] = log_p.argmax(-1)
+        best[rows] = log_p.argmax(-1, keepdim=True) if number == 1 else log_p.topk(number, dim=-1).indices
     return nll, best
 
 
@@ -131,7 +141,14 @@ def _distillation_sum(
         log_q = F.log_softmax(wide_logits(kept[rows], teacher_head), dim=-1)
         return Soft(log_q.exp(), log_q, less_entropy)
 
-    return chunked_sum([hidden], [1.0], head, counted, target)[0]
+    return chunked_sum([hidden], [1.0], head, [counted], [target])[0]
+
+
+def _hard_target(labels: Tensor) -> tuple[Tensor, TargetOf]:
+    """The rows that count, and their labels as `chunked_sum` wants them."""
+    counted = _indices(labels != IGNORE_INDEX)
+    kept = labels[counted]
+    return counted, lambda rows: OneHot(kept[rows])
 
 
 def _indices(mask: Tensor) -> Tensor:

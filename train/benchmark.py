@@ -1,8 +1,9 @@
-"""What LayerSkip training costs: steps timed in turn in one process, their FLOPs, and their peak memory.
+"""What training costs: steps timed in turn in one process, their FLOPs, and their peak memory.
 
     python -m train.benchmark RECIPE [KEY=VALUE]... [--steps N] [--output_dir DIR]
 
-The recipe gives model, data, batch, precision and optimizer; its objective is replaced by each variant's. Needs one
+The recipe gives model, data, batch, precision and optimizer. The objective of one that trains the model is replaced by
+each variant of LayerSkip; heads on a frozen model are timed beside its forward alone (heads_benchmark.py). Needs one
 process. Times mean something only on a machine that does nothing else.
 """
 
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from transformers import PreTrainedModel
 
 from eval.clock import now
 from eval.command_line import output_directory
@@ -29,6 +31,7 @@ from layerskip_model.errors import UserError
 from train.benchmark_report import show
 from train.config import Recipe, load_recipe
 from train.flops import model_flops
+from train.heads_benchmark import show_heads, time_heads
 from train.loop import train_step
 from train.memory_benchmark import StepMemory, memory_of_steps
 from train.metrics import MetricSums
@@ -36,6 +39,7 @@ from train.objectives.base import Batch
 from train.objectives.layerskip import EarlyExitConfig, LayerDropoutConfig, LayerSkip, LayerSkipConfig
 from train.processes import join
 from train.run import Run, set_up
+from train.section import FrozenModelSection
 from train.trainer_peer import TrainerPeer
 
 PLAIN, TRAINER = "plain", "transformers.Trainer"
@@ -211,11 +215,14 @@ def _module(run: Run) -> EarlyExitModel:
 
 def environment(run: Run) -> dict[str, Any]:
     """Where and with what this was measured."""
+    (attention,) = {
+        m.config._attn_implementation for m in run.objective.modules() if isinstance(m, PreTrainedModel)
+    }
     return {
         "device": device_name(run.accelerator.device),
         "threads": torch.get_num_threads(),
         "precision": run.accelerator.mixed_precision,
-        "attn_implementation": _module(run).model.config._attn_implementation,
+        "attn_implementation": attention,
         "versions": versions(),
         "git_revision": git_revision(),
         "command": command_line(),
@@ -239,12 +246,22 @@ def main(
         str, typer.Option("--output_dir", help="for training-cost.json and the tokenised data")
     ] = "runs/training-cost",
 ) -> None:
-    """Time training steps of LayerSkip, its parts, the plain loop and transformers.Trainer, and measure memory."""
+    """Time training steps of LayerSkip, its parts, the plain loop and transformers.Trainer, and measure memory.
+
+    Of a recipe for heads on a frozen model: its steps, and the model's forward alone.
+    """
     checked = load_recipe(recipe, overrides)
     with output_directory(output) as directory:
         assert directory is not None
+        path = directory / "training-cost.json"
+        if isinstance(checked.objective, FrozenModelSection) and checked.objective.freezes_model:
+            found, run = time_heads(checked, directory, steps)
+            told = {"recipe": checked.model_dump(mode="json"), "environment": environment(run)}
+            path.write_text(json.dumps(told | asdict(found), indent=2) + "\n")
+            show_heads(found)
+            return
         report = benchmark(checked, directory, steps)
-        (directory / "training-cost.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        path.write_text(json.dumps(asdict(report), indent=2) + "\n")
         show(report)
 
 

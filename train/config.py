@@ -125,7 +125,13 @@ class Recipe(Section, Generic[O]):
 
     @model_validator(mode="after")
     def _model_fits(self) -> Self:
-        frozen = self.model.lora is not None or isinstance(self.objective, FrozenModelSection)
+        is_frozen = isinstance(self.objective, FrozenModelSection) and self.objective.freezes_model
+        frozen = self.model.lora is not None or is_frozen
+        if self.model.quantization is not None and (not is_frozen or self.model.lora is not None):
+            raise ValueError(
+                f"model.quantization: {self.model.quantization} is for a model that stays as it is, and this "
+                "objective trains it; leave it out"
+            )
         if self.model.dtype != "float32" and not frozen:
             raise ValueError(
                 f"model.dtype: {self.model.dtype} is for frozen weights, and this objective trains them; "

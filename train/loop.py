@@ -186,7 +186,8 @@ def checkpoint(run: Run, done: int, sums: MetricSums, stream: StreamState | None
     totals = sums.totals(run.accelerator)
     refuse_divergence(run, done, {name: total for name, (total, _) in totals.items()})
     directory, keep = run.directory / CHECKPOINTS_NAME, run.recipe.checkpoint.keep
-    save_checkpoint(directory, done, run.engine, keep, totals, stream)
+    saved = save_checkpoint(directory, done, run.engine, keep, totals, stream)
+    run.log.say_once(f"checkpoints in {directory}, {megabytes(saved)} each")
 
 
 def finish(run: Run) -> None:
@@ -216,9 +217,16 @@ def finish(run: Run) -> None:
                 "engine": run.engine.name,
                 "processes": run.accelerator.num_processes,
             },
+            heads=run.objective.exported_heads(),
         )
-        run.log.say(f"exported to {run.directory / EXPORT_NAME}")
+        run.log.say(f"exported to {run.directory / EXPORT_NAME}, {megabytes(run.directory / EXPORT_NAME)}")
     run.accelerator.wait_for_everyone()
+
+
+def megabytes(directory: Path) -> str:
+    """The size of all files in a directory."""
+    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return f"{size / 1e6:,.1f} MB"
 
 
 def due(every: int | None, done: int) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -107,7 +108,12 @@ def build_model(
     else:
         assert config.name_or_path is not None
         model = load_model(
-            config.name_or_path, dtype=config.dtype, attn_implementation=config.attn_implementation
+            config.name_or_path,
+            dtype=config.dtype,
+            # what bitsandbytes has quantized stays where it was loaded
+            device_map=PartialState().device if config.quantization else None,
+            quantization=config.quantization,
+            attn_implementation=config.attn_implementation,
         )
     check_fits(config, model, len(tokenizer), length)
     if config.lora is not None:

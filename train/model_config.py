@@ -32,6 +32,10 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the loaded weights; bfloat16 where they are frozen, what trains is float32"
     )
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None,
+        description="of the layers' frozen matrices, by bitsandbytes on a CUDA GPU; they compute in dtype",
+    )
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="of the exported weights; auto: as the checkpoint stores them, float32 for a new model",
@@ -63,6 +67,10 @@ class ModelConfig(Section):
             )
         if self.dtype != "float32":
             raise ValueError(f"dtype: {self.dtype} is for weights that are loaded; a new model is float32")
+        if self.quantization is not None:
+            raise ValueError(
+                f"quantization: {self.quantization} is for weights that are loaded, not new ones"
+            )
         vocab_size = self.config.get("vocab_size")
         if self.tokenizer.train and isinstance(vocab_size, int):
             wanted = self.tokenizer.train.vocab_size

@@ -6,6 +6,8 @@ from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from layerskip_model.errors import UserError
 from layerskip_model.formats.huggingface import FLASH_ATTENTION
 from train.config import Recipe
@@ -22,6 +24,7 @@ def check_inputs(recipe: Recipe[Any]) -> None:
     would otherwise fail minutes later.
     """
     _check_packages(recipe)
+    _check_quantization(recipe)
     _check_attention(recipe)
     model = outline_model(recipe.model)
     tokenizer = tokenizer_config(recipe.model)
@@ -53,11 +56,24 @@ def _check_packages(recipe: Recipe[Any]) -> None:
             "optimizer.kind: adamw_8bit",
             "use kind: adamw",
         ),
+        (
+            recipe.model.quantization is not None,
+            "bitsandbytes",
+            "model.quantization",
+            "leave it out",
+        ),
     ):
         if wanted and find_spec(package) is None:
             raise UserError(
                 f"{key}: the {package} package is not installed; pip install {package}, or {way_out}"
             )
+
+
+def _check_quantization(recipe: Recipe[Any]) -> None:
+    if recipe.model.quantization is not None and not torch.cuda.is_available():
+        raise UserError(
+            f"model.quantization: {recipe.model.quantization} needs a CUDA GPU, and there is none; leave it out"
+        )
 
 
 def _check_attention(recipe: Recipe[Any]) -> None:

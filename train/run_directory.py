@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from eval.environment import command_line, git_revision, versions
 from layerskip_model.errors import UserError
+from layerskip_model.formats.fingerprint import checkpoint_directory, fingerprint
 from train.checkpoint import replace_directory
 from train.config import Recipe
 from train.log import LOG_NAME
@@ -125,15 +125,20 @@ def write_run_file(
     suggestion: dict[str, Any],
     heldout: dict[str, float],
     progress: dict[str, Any],
+    heads: str | None = None,
 ) -> None:
-    """run.json, the handoff to evaluation: `python -m eval benchmark --run DIR` needs nothing else."""
-    export = directory / EXPORT_NAME
+    """run.json, the handoff to evaluation: `python -m eval benchmark --run DIR` needs nothing else.
+
+    `heads` is the folder of the export that holds some; "." is the export itself, and then `base` is the model that
+    the recipe names. The fingerprint is that of `base`.
+    """
+    base = recipe.model.name_or_path if heads == "." else None
     content = {
         "format": 1,
         "kind": recipe.objective.kind,
-        "base": EXPORT_NAME,
-        "heads": None,
-        "fingerprint": fingerprint(export),
+        "base": base or EXPORT_NAME,
+        "heads": None if heads is None else str(Path(EXPORT_NAME) / heads),
+        "fingerprint": fingerprint(checkpoint_directory(base) if base else directory / EXPORT_NAME),
         "heldout": HELDOUT_NAME,
         "suggested": suggestion,
         "training": progress,
@@ -146,16 +151,6 @@ def write_run_file(
     partial = directory / f".{RUN_NAME}.partial"
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(directory / RUN_NAME)
-
-
-def fingerprint(checkpoint: Path) -> str:
-    """SHA-256 over a checkpoint's weight files: which model exactly this is."""
-    digest = hashlib.sha256()
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _first_difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:

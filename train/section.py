@@ -14,5 +14,10 @@ class Section(BaseModel):
 class FrozenModelSection(Section):
     """Base of an `objective` section whose method leaves the language model as it is and trains something beside it.
 
-    Only such a model may be loaded in bfloat16: what trains is float32.
+    Only such a model may be loaded in bfloat16 or quantized: what trains is float32.
     """
+
+    @property
+    def freezes_model(self) -> bool:
+        """Whether this recipe's does; a method may have stages."""
+        return True

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from layerskip_model.errors import UserError
 from tests.train.small_recipe import small_values, write_documents
@@ -62,3 +63,16 @@ def test_flash_attention_cannot_keep_documents_of_several_rows_apart(
 def test_an_adapter_that_matches_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^model\.lora\.targets: 'wq' is no linear map"):
         checked(tmp_path, model={"lora": {"targets": ["wq"]}})
+
+
+def test_quantization_needs_bitsandbytes_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"name_or_path": "somewhere", "quantization": "4bit"}
+    recipe = parse_recipe(small_values(model=model, objective={"kind": "medusa"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        UserError, match=r"model\.quantization: 4bit needs a CUDA GPU, and there is none; leave it out"
+    ):
+        check_inputs(recipe)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"model\.quantization: the bitsandbytes package is not installed"):
+        check_inputs(recipe)

@@ -12,9 +12,11 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.train.small_recipe import write_documents
+from tests.train.tiny_heads import write_base
 from train.config import Recipe, load_recipe
 from train.loop import train
 from train.objectives import OBJECTIVES
+from train.section import FrozenModelSection
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(
@@ -36,20 +38,28 @@ def small_config(recipe: Recipe[Any]) -> dict[str, Any]:
     return {"model_type": own.get("model_type", "llama")} | thin | limits | tied
 
 
+def small_model(path: Path, directory: Path, files: list[str]) -> dict[str, Any]:
+    """A new model, or where heads are trained for one that exists, a small one of those."""
+    whole = load_recipe(path)
+    if isinstance(whole.objective, FrozenModelSection):
+        text = Path(files[0]).parent
+        return {"name_or_path": str(write_base(directory / "base", text))}
+    return {
+        "config": small_config(whole),
+        "tokenizer": {"train": {"vocab_size": 280}},
+        "activation_checkpointing": whole.model.activation_checkpointing,
+    }
+
+
 def small(path: Path, directory: Path, files: list[str]) -> Recipe[Any]:
     """The recipe with everything large replaced, through the command line's overrides."""
-    model = {
-        "config": small_config(load_recipe(path)),
-        "tokenizer": {"train": {"vocab_size": 280}},
-        "activation_checkpointing": load_recipe(path).model.activation_checkpointing,
-    }
     changes = {
         "output_dir": str(directory / "out"),
         "max_steps": 1,
         "max_tokens": None,
         "epochs": None,
         "batch": {"sequences": 4, "length": 16, "micro": 2},
-        "model": model,
+        "model": small_model(path, directory, files),
         "data": {"train": [{"kind": "text", "files": files}], "heldout": 0.2},
         "schedule.warmup_steps": 0,
         "schedule.kind": "constant",  # a falling one is at zero in the last step

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from train.objectives.base import Objective
 from train.objectives.layerskip import LayerSkip
+from train.objectives.medusa import Medusa
 
-OBJECTIVES: dict[str, type[Objective]] = {"layerskip": LayerSkip}
+OBJECTIVES: dict[str, type[Objective]] = {"layerskip": LayerSkip, "medusa": Medusa}

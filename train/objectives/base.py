@@ -93,6 +93,13 @@ class Objective(nn.Module, Generic[Config]):
         from there, not from the module. What is exported is rounded to `dtype`.
         """
 
+    def exported_heads(self) -> str | None:
+        """The folder of the export that holds heads for its model, as run.json tells it. Default: there are none.
+
+        ".": the export is heads and nothing else; they belong to the model that the recipe names.
+        """
+        return None
+
     @abstractmethod
     def suggestion(
         self, heldout: dict[str, float], written: OwnText | None, fixed: dict[str, int]

@@ -1,0 +1,168 @@
+"""A language model with Medusa heads in training: Medusa-1 and Medusa-2 (arXiv 2401.10774, section 2.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layerskip_model.backbone import Backbone
+from layerskip_model.lora import adapters_off
+from layerskip_model.medusa import TOP, MedusaHeads, labels_ahead
+from layerskip_model.token_loss import (
+    IGNORE_INDEX,
+    kl_divergence_sum,
+    top_predictions,
+    weighted_cross_entropy,
+)
+
+
+@dataclass(frozen=True)
+class MedusaTerms:
+    """What a training forward leaves. Sums over tokens; index 0 is the language model's own term, k head k's.
+
+    Attributes:
+        total: the weighted sum of all terms, with its gradient.
+        losses: each term, without gradient; None for a model that has none of its own.
+        counts: tokens that count in each term, [K + 1].
+    """
+
+    total: Tensor
+    losses: list[Tensor | None]
+    counts: Tensor
+
+
+@dataclass(frozen=True)
+class MedusaMeasures:
+    """What a forward in evaluation leaves, by index as in MedusaTerms; everything a sum over tokens.
+
+    Attributes:
+        losses, top1, top5: cross entropy; right first choices; right tokens among the first five.
+        agreement: of head k at t with the model's own first choice k places on. [0] is nothing.
+        counts: tokens that count in each, [K + 1].
+        accepted: tokens that each place would gain by the chain of first choices, the model's own among them.
+        places: where that chain can be judged to its end.
+    """
+
+    losses: list[Tensor]
+    top1: list[Tensor]
+    top5: list[Tensor]
+    agreement: list[Tensor]
+    counts: Tensor
+    accepted: Tensor
+    places: Tensor
+
+
+class MedusaModel(nn.Module):
+    """A language model with Medusa heads, of which the heads train (Medusa-1) or both (Medusa-2).
+
+    With `frozen` the model is in evaluation mode, has no gradients, and makes no logits in training: the heads learn
+    from its last hidden states alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, heads: MedusaHeads, *, frozen: bool) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False) if frozen else model
+        self.backbone = Backbone(model)
+        self.backbone.check()
+        self.heads = heads
+        self.frozen = frozen
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual; a frozen model stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        weights: Sequence[float],
+        position_ids: Tensor | None = None,
+        *,
+        distil: bool = False,
+    ) -> MedusaTerms | MedusaMeasures:
+        """The terms of one micro-batch in training, the measurements in evaluation.
+
+        `input_ids`, `labels`, `position_ids` [batch, seq] as for `labels_ahead`; `weights` [K + 1] of the terms, the
+        model's own first. With `distil` that one is KL(teacher || model), the teacher being the model without its
+        adapters, instead of the cross entropy.
+        """
+        ahead = labels_ahead(labels, self.heads.number, position_ids).flatten(1)  # [K + 1, batch * seq]
+        with torch.no_grad() if self.frozen else nullcontext():
+            hidden = self.backbone.final_states(input_ids, position_ids)  # [batch, seq, hidden]
+        if not self.training:
+            return self._measurements(hidden, ahead)
+        losses: list[Tensor | None] = [None]
+        total = hidden.new_zeros((), dtype=torch.float32)
+        if not self.frozen:
+            teacher = self._teacher(input_ids, position_ids) if distil else None
+            losses = [self._own_loss(hidden.flatten(0, 1), ahead[0], teacher)]
+            assert losses[0] is not None
+            total = weights[0] * losses[0]
+        # Blocks and projections see only what counts for some head.
+        rows = (ahead[1:] != IGNORE_INDEX).any(0).nonzero().squeeze(1)
+        of_heads, each = self.heads.losses(
+            hidden.flatten(0, 1).index_select(0, rows), ahead[1:, rows], weights[1:]
+        )
+        losses = [None if loss is None else loss.detach() for loss in losses]
+        return MedusaTerms(total + of_heads, [*losses, *each], (ahead != IGNORE_INDEX).sum(1))
+
+    @torch.no_grad()
+    def _teacher(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """The last hidden states of the model without its adapters, [batch * seq, hidden]."""
+        self.model.eval()
+        try:
+            with adapters_off(self.model):
+                return self.backbone.final_states(input_ids, position_ids).flatten(0, 1)
+        finally:
+            self.model.train()
+
+    def _own_loss(self, hidden: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+        if teacher is None:
+            return self.backbone.at_head(
+                hidden, lambda states, head: weighted_cross_entropy([states], [1.0], labels, head)[0]
+            )
+        counted = labels != IGNORE_INDEX
+        return self.backbone.at_head(
+            (hidden, teacher), lambda both, head: kl_divergence_sum(both[0], both[1], head, head, counted)
+        )
+
+    def _measurements(self, hidden: Tensor, ahead: Tensor) -> MedusaMeasures:
+        shape, flat = hidden.shape[:2], hidden.flatten(0, 1)
+        counted = ahead != IGNORE_INDEX  # [K + 1, batch * seq]
+        losses, choices, top1, top5 = [], [], [], []
+        for k, labels in enumerate(ahead):
+            if k == 0:
+                nll, best = self.backbone.at_head(
+                    flat, lambda states, head: top_predictions(states, ahead[0], head, TOP)
+                )
+            else:
+                nll, best = self.heads.predictions(k - 1, flat, labels)
+            right = (best == labels[:, None]) & counted[k][:, None]  # [batch * seq, TOP]
+            losses.append(nll.sum())
+            top1.append(right[:, 0].sum())
+            top5.append(right.sum())
+            choices.append(best[:, 0].view(shape))
+        agreed = torch.zeros_like(counted).view(len(ahead), *shape)
+        for k in range(1, min(len(ahead), shape[1])):
+            agreed[k, :, :-k] = choices[k][:, :-k] == choices[0][:, k:]
+        agreed = agreed.flatten(1) & counted
+        fits = counted[1:].all(0)  # [batch * seq]
+        gained = 1 + agreed[1:].to(torch.int64).cumprod(0).sum(0)
+        return MedusaMeasures(
+            losses=losses,
+            top1=top1,
+            top5=top5,
+            agreement=list(agreed.sum(1)),
+            counts=counted.sum(1),
+            accepted=(gained * fits).sum(),
+            places=fits.sum(),
+        )

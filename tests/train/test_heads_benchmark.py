@@ -1,0 +1,30 @@
+"""The benchmark of training, on a recipe for heads: what it prints and writes; the figures themselves are no test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.train.tiny_heads import medusa_values, write_base
+from tests.train.tiny_runs import start, write_recipe, write_text
+
+
+def test_heads_are_timed_beside_the_frozen_forward(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    base = write_base(tmp_path / "base", text)
+    batch = {"sequences": 4, "length": 16, "micro": 2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", medusa_values(tmp_path / "run", text, base, batch=batch))
+    output = tmp_path / "cost"
+    process = start("-m", "train.benchmark", str(recipe), "--steps", "3", "--output_dir", str(output))
+    told, error = process.communicate(timeout=180)
+    assert process.returncode == 0, error
+    assert "step over what that predicts" in told
+    found = json.loads((output / "training-cost.json").read_text())
+    assert len(found["forward"]) == len(found["step"]) == len(found["update"]) == 3
+    assert all(0.0 < update < step for update, step in zip(found["update"], found["step"], strict=True))
+    # Forward: 4 layers of 32 x 32 (q, o), 2 of 32 x 16 (k, v), 3 of 32 x 48, and attention over the square of 16.
+    layer = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 4 * 4 * 8 * 16
+    counts = [4 * (16 - k) for k in (1, 2, 3)]
+    heads = 3 * 4 * 32 * 32 * counts[0] + 6 * 280 * 32 * sum(counts)
+    assert found["flops_ratio"] == 1 + heads / (4 * 16 * 4 * layer)
+    assert found["predicted"] > found["flops_ratio"]

@@ -1,0 +1,76 @@
+"""Medusa on two gloo processes, under DDP, FSDP2 and ZeRO-3, learns what one process learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eval.target import open_run
+from tests.train.test_engines import launch_engines
+from tests.train.tiny_heads import medusa_values, write_base
+from tests.train.tiny_runs import assert_close_logs, write_recipe
+from tests.train.tiny_runs import write_text as write_text_into
+from train import parse_recipe, train
+
+ENGINES = ("ddp", "fsdp2", "zero3")
+JOINT: dict[str, Any] = {"stage": "joint", "self_distillation": True, "lambda_0": 0.1, "ramp": "sine"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "heads": {},
+    "shared": {"objective": {"shared_projection": True, "layers": 2}},
+    "stopped": {},
+    "joint": {"model": {"lora": {"rank": 2}}, "objective": JOINT},
+}
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every variant under every engine (VARIANT_ENGINE), of one launch, and on one process (VARIANT)."""
+    folder = tmp_path_factory.mktemp("medusa")
+    text = write_text_into(folder)
+    base = write_base(folder / "base", text)
+    first = train(parse_recipe(medusa_values(folder / "first", text, base, max_steps=2)))
+    values = {}
+    for name, changes in VARIANTS.items():
+        objective = dict(changes.get("objective", {}))
+        if name == "joint":
+            objective["init_heads"] = str(first)
+        batch = {"sequences": 7, "length": 16, "micro": 2}  # uneven, and accumulated
+        changes = changes | {"objective": objective, "batch": batch}
+        values[name] = medusa_values(folder / name, text, base, **changes)
+    paths = [str(write_recipe(folder / f"{name}.yaml", recipe)) for name, recipe in values.items()]
+    launched = launch_engines(2, *ENGINES, "--", *paths)
+    try:
+        for name in VARIANTS.keys() - {"stopped"}:
+            train(parse_recipe(values[name]))
+        _, error = launched.communicate(timeout=400)  # a collective that does not match hangs
+    finally:
+        launched.kill()
+    assert launched.returncode == 0, error[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_learn_what_one_learns(variant: str, engine: str, runs: Path) -> None:
+    one = runs / ("heads" if variant == "stopped" else variant)
+    two = runs / f"{variant}_{engine}"
+    assert_close_logs(two, one)
+    for ours, theirs in zip(tensors(two), tensors(one), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0.0, atol=TOLERANCE)
+
+
+def tensors(run: Path) -> list[dict[str, torch.Tensor]]:
+    """What a run exported: heads, and of a second stage the model."""
+    files = open_run(run)
+    assert files.heads is not None
+    found = [load_file(files.heads / "medusa_lm_head.safetensors")]
+    if files.heads.name == "heads":
+        found.append(load_file(files.model / "model.safetensors"))
+    return found
