@@ -48,14 +48,14 @@ class Difference(_Record):
 
     position counts new tokens from 0. expected and got are token ids, None where that output had ended.
     gap is the distance between the target's top two logits there: a "tie" is within the dtype's rounding,
-    a "bug" is above it, "unknown" was not examined.
+    a "bug" is above it.
     """
 
     position: int
     expected: int | None
     got: int | None
     gap: float | None = None
-    verdict: Literal["tie", "bug", "unknown"] = "unknown"
+    verdict: Literal["tie", "bug"]
 
 
 class PromptResult(_Record):

@@ -51,14 +51,10 @@ def headline(report: Report) -> list[str]:
     lines = [line for line in fastest if line]
     for strategy in _all(report):
         if strategy.lossless:
-            bugs, unknown = len(_differing(strategy, "bug")), len(_differing(strategy, "unknown"))
+            bugs = len(_differing(strategy, "bug"))
             if bugs:
                 lines.append(
                     f"{marked(strategy)}: {bugs} outputs differ from the baseline beyond rounding: a bug."
-                )
-            if unknown:
-                lines.append(
-                    f"{marked(strategy)}: {unknown} outputs differ from the baseline, cause not examined."
                 )
         if strategy.failed:
             total = len(strategy.prompts)
@@ -97,7 +93,8 @@ def _differing(strategy: StrategyResult, verdict: str | None = None) -> list[Pro
 
 
 def _verdict(prompt: PromptResult) -> str:
-    return prompt.difference.verdict if prompt.difference else "unknown"
+    assert prompt.difference is not None
+    return prompt.difference.verdict
 
 
 def sections(report: Report) -> list[Section]:
@@ -204,7 +201,7 @@ def _profile(report: Report) -> Section | None:
 def _differences(strategies: Sequence[StrategyResult]) -> Section | None:
     rows, hidden = [], 0
     for strategy in strategies:
-        different = sorted(_differing(strategy), key=lambda p: ("bug", "unknown", "tie").index(_verdict(p)))
+        different = sorted(_differing(strategy), key=lambda p: ("bug", "tie").index(_verdict(p)))
         rows += [(strategy, prompt) for prompt in different[:DIFFERENCES_SHOWN]]
         hidden += max(0, len(different) - DIFFERENCES_SHOWN)
     if not rows:
@@ -222,7 +219,7 @@ def _differences(strategies: Sequence[StrategyResult]) -> Section | None:
         Column("Gap", "Between the target's top two logits there.", _gap),
         Column(
             "Verdict",
-            "tie: within the rounding of the dtype. bug: beyond it. unknown: not examined.",
+            "tie: within the rounding of the dtype. bug: beyond it.",
             lambda row: _verdict(row[1]) if row[0].lossless else "allowed (not lossless)",
             text=True,
         ),

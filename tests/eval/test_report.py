@@ -166,24 +166,24 @@ def test_not_lossless_is_said_everywhere(tmp_path: Path) -> None:
 def test_differences_are_listed_worst_first_and_bugs_disqualify(tmp_path: Path) -> None:
     differences = [
         Difference(position=0, expected=1, got=2, gap=0.5, verdict="tie"),
-        Difference(position=1, expected=1, got=2, gap=0.5, verdict="unknown"),
         Difference(position=2, expected=1, got=None, gap=0.5, verdict="bug"),
     ]
     prompts = [prompt(i, 10, 0.1, tokens_equal=False, difference=d) for i, d in enumerate(differences)]
-    wrong = strategy([*prompts, prompt(3, 10, 0.1, tokens_equal=True)], label="Wrong")
+    wrong = strategy([*prompts, prompt(2, 10, 0.1, tokens_equal=True)], label="Wrong")
     right = strategy([prompt(0, 10, 1.0, tokens_equal=True)], label="Right", settings={"exit_layer": 4})
     _, markdown, _ = written(report(wrong, right), tmp_path)
     rows = [line for line in markdown.splitlines() if line.startswith("| Wrong") and "5.00e-01" in line]
-    assert [row.split("|")[-2].strip() for row in rows] == ["bug", "unknown", "tie"]
-    assert "| Wrong | 2 | 2 | 1 | - | 5.00e-01 | bug |" in markdown
+    assert [row.split("|")[-2].strip() for row in rows] == ["bug", "tie"]
+    assert "| Wrong | 1 | 2 | 1 | - | 5.00e-01 | bug |" in markdown
     assert "Wrong: 1 outputs differ from the baseline beyond rounding: a bug." in markdown
     assert "Fastest lossless strategy: Right, exit_layer=4: 2.00 times" in markdown
 
 
 def test_many_differences_are_cut_and_counted(tmp_path: Path) -> None:
-    prompts = [prompt(i, 10, 1.0, tokens_equal=False) for i in range(13)]
+    tie = Difference(position=1, expected=1, got=2, gap=0.5, verdict="tie")
+    prompts = [prompt(i, 10, 1.0, tokens_equal=False, difference=tie) for i in range(13)]
     _, markdown, _ = written(report(strategy(prompts)), tmp_path)
-    assert sum(line.endswith("| unknown |") for line in markdown.splitlines()) == 10
+    assert sum(line.endswith("| tie |") for line in markdown.splitlines()) == 10
     assert "3 more are in report.json." in markdown
 
 

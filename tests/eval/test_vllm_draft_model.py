@@ -7,15 +7,20 @@ import os
 import runpy
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from layerskip_model.errors import UserError
+from layerskip_model.formats.draft_model import export_draft_model
+from layerskip_model.formats.huggingface import load_tokenizer
+from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = ROOT / "scripts"
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON")  # vLLM wants another torch, so an environment of its own
 PRETENDED = '''
 """A vLLM without a draft model's help, which says what job it got."""
 import json, os, sys
@@ -97,11 +102,23 @@ def test_a_vllm_that_fails_or_is_not_there(finished_run: Path, pretended: Path) 
     assert done.stderr.startswith("error: --vllm_python '/no/python' is no program")
 
 
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.skipif(VLLM_PYTHON is None, reason="VLLM_PYTHON names no Python of an environment with vLLM")
 def test_the_half_that_vllm_runs(finished_run: Path, tmp_path: Path) -> None:
-    model = str(finished_run / "export")
-    job = {"model": model, "draft": None, "num_speculations": 1, "max_steps": 4, "prompts": [[5, 6, 7]]}
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    half = [sys.executable, str(SCRIPTS / "vllm_decode.py")]
-    subprocess.run([*half, str(tmp_path / "job.json"), str(tmp_path / "result.json")], check=True)
-    assert len(json.loads((tmp_path / "result.json").read_text())["tokens"][0]) <= 4
+    """With the model's own first layer as the draft model it says what it says without."""
+    assert VLLM_PYTHON is not None
+    tokenizer = load_tokenizer(str(finished_run / "export"))
+    sizes: dict[str, Any] = {"hidden_size": 64, "head_dim": 32}  # vLLM knows no smaller heads on a CPU
+    model = tiny_model(dtype=torch.float32, vocab_size=len(tokenizer), **sizes)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export_draft_model(str(tmp_path / "model"), 1, tmp_path / "draft")
+    found = []
+    for draft in (None, str(tmp_path / "draft")):
+        job = {"model": str(tmp_path / "model"), "draft": draft, "num_speculations": 2, "max_steps": 8}
+        (tmp_path / "job.json").write_text(json.dumps(job | {"prompts": [[5, 6, 7], [9, 8]]}))
+        half = [VLLM_PYTHON, str(SCRIPTS / "vllm_decode.py")]
+        subprocess.run([*half, str(tmp_path / "job.json"), str(tmp_path / "result.json")], check=True)
+        found.append(json.loads((tmp_path / "result.json").read_text()))
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert all(0 < len(tokens) <= 8 for tokens in found[1]["tokens"])
+    assert (found[0]["drafts"], min(found[1]["drafts"]) > 0) == ([0, 0], True)

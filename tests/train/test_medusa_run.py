@@ -21,7 +21,7 @@ from layerskip_model.formats.medusa import load_medusa
 from tests.chats import PLAIN, talk
 from tests.train.data_files import write_jsonl
 from tests.train.tiny_heads import medusa_values, write_base
-from tests.train.tiny_runs import log_lines, start, write_recipe
+from tests.train.tiny_runs import at_step, log_lines, start, write_recipe
 from tests.train.tiny_runs import write_text as write_text_into
 from train import Interrupted, UserError, loop, parse_recipe, train
 from train.checkpoint import list_checkpoints
@@ -135,23 +135,12 @@ def test_however_the_batch_is_cut(objective: dict[str, Any], text: Path, base: P
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
 
 
-def test_stopped_equals_never_stopped(
-    first: Path, text: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_equals_never_stopped(first: Path, text: Path, base: Path, tmp_path: Path) -> None:
     recipe = parse_recipe(
         medusa_values(tmp_path / "run", text, base, max_steps=6, checkpoint={"every": 2, "keep": 9})
     )
-    original = loop.train_step
-
-    def struck(run: Run, step: int, *rest: Any) -> Any:
-        if step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return original(run, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", struck)
-        with pytest.raises(Interrupted):
-            train(recipe)
+    with at_step(3, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+        train(recipe)
     train(recipe)
     ours, theirs = heads_of(tmp_path / "run"), heads_of(first)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.train.tiny_runs import log_lines, recipe_values
+from tests.train.tiny_runs import at_step, log_lines, recipe_values
 from tests.train.tiny_runs import write_text as write_text_into
 from tests.train.toy_heads import ToyHeads
 from train import Interrupted, Recipe, loop, parse_recipe, train
@@ -112,24 +112,13 @@ def test_learning_rate_multiples(text: Path, tmp_path: Path) -> None:
     assert float(moved["1"]) == pytest.approx(0.005, rel=1e-3)
 
 
-def test_dropout_is_the_same_after_a_resume(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_is_the_same_after_a_resume(text: Path, tmp_path: Path) -> None:
     batch = {"sequences": 8, "length": 16, "micro": 4}
     settings: dict[str, Any] = {"objective": {"dropout": 0.5}, "max_steps": 8, "batch": batch, "seed": 3}
     train(toy_recipe(tmp_path / "whole", text, **settings))
     recipe = toy_recipe(tmp_path / "stopped", text, **settings)
-    original = loop.train_step
-
-    def struck(run: Any, step: int, *rest: Any) -> Any:
-        if step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        return original(run, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", struck)
-        with pytest.raises(Interrupted):
-            train(recipe)
+    with at_step(3, lambda: signal.raise_signal(signal.SIGTERM)), pytest.raises(Interrupted):
+        train(recipe)
     torch.manual_seed(12345)  # another state of the generator than the run was stopped in
     train(recipe)
     for name, value in heads(tmp_path / "whole").items():

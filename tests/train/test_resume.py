@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import pytest
 from tests.train.tiny_runs import (
     assert_close_weights,
     assert_equal_weights,
+    at_step,
     launch_two,
     log_lines,
     recipe_values,
@@ -65,22 +65,6 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         name: train(tiny_recipe(folder / name, text, **RUN, optimizer=optimizer))
         for name, optimizer in OPTIMIZERS.items()
     }
-
-
-@contextmanager
-def at_step(step: int, event: Any) -> Iterator[None]:
-    """Call `event` once, when optimizer step `step` has just begun; a wish to stop is seen by the next."""
-    original = loop.train_step
-    pending = [event]
-
-    def patched(run: Any, now: int, *rest: Any) -> Any:
-        if now == step and pending:
-            pending.pop()()
-        return original(run, now, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", patched)
-        yield
 
 
 def crash() -> None:

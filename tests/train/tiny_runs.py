@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from train import loop
 from train.config import Recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -134,3 +137,19 @@ def assert_close_logs(left: Path, right: Path) -> None:
     """The same steps and metrics, values equal up to float32 rounding."""
     for ours, theirs in zip(log_lines(left), log_lines(right), strict=True):
         assert ours == pytest.approx(theirs, rel=LOSS_TOLERANCE)
+
+
+@contextmanager
+def at_step(step: int, event: Any) -> Iterator[None]:
+    """Call `event` once, when optimizer step `step` has just begun; a wish to stop is seen by the next."""
+    original = loop.train_step
+    pending = [event]
+
+    def patched(run: Any, now: int, *rest: Any) -> Any:
+        if now == step and pending:
+            pending.pop()()
+        return original(run, now, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", patched)
+        yield

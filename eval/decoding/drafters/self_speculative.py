@@ -5,8 +5,8 @@ Two things beyond the paper: drafts that stop when they are unlikely to be kept,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,23 +50,19 @@ class SelfSpeculative(Drafter):
         tree_tokens: int | None = None
 
     def __init__(self, runner: Runner, settings: Settings) -> None:
-        super().__init__(runner, settings)
         refuse_contradictions(settings)
+        settings = in_force(settings, runner.num_layers)
+        super().__init__(runner, settings)
         self.exit_layer = settings.exit_layer
         self.num_speculations = settings.num_speculations
+        self.threshold = settings.stop_threshold
         self.draws = not settings.draft_tree
         self.max_nodes = settings.num_speculations + 1
         self.tree: SelfTree | None = None
-        if settings.draft_tree:
-            width, count = (
-                settings.tree_top_k or TREE_TOP_K,
-                settings.tree_tokens or self.num_speculations + TREE_SPARE,
-            )
+        if settings.tree_top_k is not None and settings.tree_tokens is not None:
+            width, count = settings.tree_top_k, settings.tree_tokens
             self.tree = SelfTree(runner, self.exit_layer, self.num_speculations, width, count)
             self.max_nodes = max(self.max_nodes, self.tree.max_nodes)
-        self.threshold = settings.stop_threshold
-        if settings.draft_stop is not None and self.threshold is None:
-            self.threshold = default_threshold(self.exit_layer, runner.num_layers)
 
     @classmethod
     def ranges(cls, runner: Runner) -> dict[str, Range]:
@@ -115,6 +111,17 @@ class SelfSpeculative(Drafter):
             q=torch.cat(q, dim=1) if q else None,
             drafted=None if confidence is None else confidence.drafted(len(tokens) - 1),
         )
+
+
+def in_force(settings: SelfSpeculative.Settings, num_layers: int) -> SelfSpeculative.Settings:
+    """The settings with the defaults of what was asked for filled in, as a report shows them."""
+    found: dict[str, Any] = {}
+    if settings.draft_stop is not None:
+        found["stop_threshold"] = default_threshold(settings.exit_layer, num_layers)
+    if settings.draft_tree:
+        found |= {"tree_top_k": TREE_TOP_K, "tree_tokens": settings.num_speculations + TREE_SPARE}
+    missing = {name: value for name, value in found.items() if getattr(settings, name) is None}
+    return replace(settings, **missing)
 
 
 def refuse_contradictions(settings: SelfSpeculative.Settings) -> None:

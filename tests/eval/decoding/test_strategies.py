@@ -27,6 +27,22 @@ def test_settings_can_be_inspected() -> None:
         assert strategy.Settings.__dataclass_params__.frozen
 
 
+def test_settings_are_those_in_force() -> None:
+    """What a variant takes by default is in the report, and nothing of what was not asked for."""
+    given = {"exit_layer": 1, "num_speculations": 3}
+    variants: dict[str, dict[str, Any]] = {
+        "tree": {"draft_tree": True},
+        "stop": {"draft_stop": "confidence"},
+        "plain": {},
+    }
+    made = {name: make_drafter("self_speculative", RUNNER, **given, **v) for name, v in variants.items()}
+    named = ("tree_top_k", "tree_tokens", "stop_threshold")
+    found = {name: [getattr(one.settings, key) for key in named] for name, one in made.items()}
+    assert found == {"tree": [2, 5, None], "stop": [None, None, 0.5], "plain": [None, None, None]}
+    wide = make_drafter("self_speculative", RUNNER, **given, draft_tree=True, tree_top_k=4)
+    assert (wide.settings.tree_top_k, wide.settings.tree_tokens) == (4, 5)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
