@@ -120,8 +120,8 @@ def test_every_strategy_follows_the_models_own_distribution(
     assert [line.split(":")[0] for line in lines[1:-1]] == [
         "autoregressive",
         "self_speculative, exit_layer=1, num_speculations=2",
-        "self_speculative, exit_layer=1, num_speculations=2, draft_stop=confidence",
-        "self_speculative, exit_layer=1, num_speculations=2, draft_tree",
+        "self_speculative, exit_layer=1, num_speculations=2, draft_stop=confidence, stop_threshold=0.75",
+        "self_speculative, exit_layer=1, num_speculations=2, draft_tree, tree_top_k=2, tree_tokens=4",
         "prompt_lookup, max_ngram=3, num_speculations=2",
     ]
     rows = [row for _, row in read_rows(tmp_path / "distribution.jsonl")]
