@@ -47,7 +47,7 @@ def generate(
         str,
         flag(
             "generation_strategy",
-            "autoregressive (alias greedy), self_speculative, speculative_sampling, prompt_lookup or lookahead",
+            "autoregressive (alias greedy), self_speculative, speculative_sampling, prompt_lookup, lookahead or medusa",
         ),
     ] = "autoregressive",
     max_steps: Annotated[int, flag("max_steps", "new tokens at most")] = 512,
@@ -260,6 +260,7 @@ def answers(
     from eval.answers import measure_answers, questions
     from eval.prompts import dataset_path, evenly_spaced
     from eval.report import answers_table
+    from eval.strategy_spec import EXITS, suggested
     from layerskip_model.jsonl import read_prompts, write_rows
 
     wanted = None if exits is None else whole_numbers("--exits", exits)
@@ -268,8 +269,9 @@ def answers(
         rows = read_prompts(dataset_path(target, dataset))
         asked = questions(target, evenly_spaced(rows, num_samples or len(rows)))
         asked_for = {"exit_layer": exit_layer, "num_speculations": num_speculations}
-        suggested = target.run.suggested if target.run is not None else {}
-        speculation = suggested | {key: value for key, value in asked_for.items() if value is not None}
+        speculation = suggested(target, EXITS) | {
+            key: value for key, value in asked_for.items() if value is not None
+        }
         exit_layers = range(1, target.runner.num_layers + 1) if wanted is None else wanted
         found = measure_answers(target, asked, exit_layers, speculation or None)
         Console().print(answers_table(found))

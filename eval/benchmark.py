@@ -27,20 +27,14 @@ from eval.prompts import (
 )
 from eval.ranks import ALONE, Ranks
 from eval.results import Report, StrategyResult
-from eval.strategy_spec import BASELINE, PEERS, Spec, check_given, parse_spec
+from eval.strategy_spec import BASELINE, EXITS, PEERS, Spec, check_given, parse_spec
 from eval.summary import rivals, summarise, with_ratio
 from eval.target import Target, with_captured_passes
 from layerskip_model.errors import UserError
 from layerskip_model.jsonl import read_prompts
 
-DEFAULT = (
-    BASELINE,
-    "self_speculative",
-    "prompt_lookup",
-    "hf_generate",
-    "hf_early_exit",
-    "hf_prompt_lookup",
-)
+OF_EXITS = (EXITS, "prompt_lookup", "hf_generate", "hf_early_exit", "hf_prompt_lookup")
+"""What a model that exits early is measured with when nothing is asked for; also one that no run made."""
 ACCEPTANCE = ("acceptance", "posterior_threshold", "posterior_alpha")
 TEMPERATURE = 0.8  # of what is measured beside the greedy table
 
@@ -50,7 +44,8 @@ class Request:
     """What to measure.
 
     Attributes:
-        strategies: entries as `eval.strategy_spec` reads them; the baseline is added when it is missing.
+        strategies: entries as `eval.strategy_spec` reads them; the baseline is added when it is missing. None: by
+            what the run suggests, and transformers' own.
         settings: for all the strategies that take them; an entry's own come first, the run's suggestion last.
         dataset: a JSONL file, or "heldout" for the held-out rows of the run that made the model.
         num_samples: prompts; default: 32, or all of a file that has fewer.
@@ -67,7 +62,7 @@ class Request:
     Raises UserError for what is wrong on any model.
     """
 
-    strategies: Sequence[str] = DEFAULT
+    strategies: Sequence[str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     dataset: str | Path = HELDOUT
     num_samples: int | None = None
@@ -85,18 +80,31 @@ class Request:
     profile: bool = False
 
     def __post_init__(self) -> None:
-        if not self.strategies:
-            raise UserError(f"--strategies: is empty; name some, such as {','.join(DEFAULT)}")
-        check_given(self.specs(), self.settings)
+        if self.strategies is not None:
+            if not self.strategies:
+                raise UserError(f"--strategies: is empty; name some, such as {','.join(OF_EXITS)}")
+            check_given(self.specs(self.strategies), self.settings)
         for flag in ("num_samples", "max_steps", "batch_size"):
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise UserError(f"--{flag} {value}: give 1 or more")
         self.choosings()
 
-    def specs(self) -> list[Spec]:
+    def specs_for(self, target: Target) -> list[Spec]:
+        """The entries to measure on a target. Raises UserError."""
+        if self.strategies is not None:
+            return self.specs(self.strategies)
+        run = target.run
+        own = None if run is None or run.strategy == EXITS else run.strategy
+        specs = self.specs(
+            OF_EXITS if own is None else (own, "prompt_lookup", "hf_generate", "hf_prompt_lookup")
+        )
+        check_given(specs, self.settings)
+        return specs
+
+    def specs(self, entries: Sequence[str]) -> list[Spec]:
         """The entries, the baseline among them. Raises UserError."""
-        specs = [parse_spec(text) for text in self.strategies]
+        specs = [parse_spec(text) for text in entries]
         return specs if Spec(BASELINE) in specs else [Spec(BASELINE), *specs]
 
     def choosings(self) -> list[Choosing]:
@@ -190,7 +198,7 @@ def make_contestants(
 
     Where the target's passes are captured, the first of them are measured with `eager` too.
     """
-    specs = request.specs()
+    specs = request.specs_for(target)
     skipped = {
         str(spec): PEERS[spec.name].one_prompt_only
         for spec in specs

@@ -13,7 +13,7 @@ from eval.choosing import Choosing, make_rule
 from eval.decoding.drafters.base import Drafter
 from eval.decoding.speculate import Generation, decode
 from eval.decoding.strategies import make_drafter
-from eval.draft_model import with_loaded_drafts
+from eval.drafts import with_loaded_drafts
 from eval.profile import Profile, profile_decode
 from eval.strategy_spec import BASELINE, PEERS, Spec, peer_settings, settings_for
 from eval.target import Target
@@ -84,9 +84,9 @@ def make_contestant(
     config that cannot be honoured.
     """
     choosing = Choosing() if choosing is None else choosing
-    settings = with_loaded_drafts(target, settings_for(spec, target, given))
-    if spec.name in PEERS:
-        peer = PEERS[spec.name]
+    peer = PEERS.get(spec.name)
+    settings = with_loaded_drafts(target, peer.ours if peer else spec.name, settings_for(spec, target, given))
+    if peer is not None:
         settings = peer_settings(spec.name, target, settings)
         decode_batch = peer.make(target, max_new_tokens, choosing, **settings)
         shown, variant = shown_settings(settings), tuple(spec.settings)

@@ -17,10 +17,20 @@ from eval.decoding.drafters.base import Drafter
 from eval.decoding.speculate import decode
 from eval.decoding.strategies import make_drafter
 from eval.differences import Examiner
-from eval.draft_model import with_loaded_drafts
+from eval.draft_heads import drafting_strategy
+from eval.drafts import with_loaded_drafts
 from eval.prompts import HELDOUT, Batch, Prompt, dataset_path, encode_prompts, evenly_spaced, make_batches
 from eval.results import Difference
-from eval.strategy_spec import BASELINE, PEERS, SUGGESTED, Spec, check_given, parse_spec, settings_for
+from eval.strategy_spec import (
+    BASELINE,
+    EXITS,
+    PEERS,
+    Spec,
+    check_given,
+    parse_spec,
+    settings_for,
+    suggested,
+)
 from eval.target import Target
 from eval.titles import setting_words
 from layerskip_model.errors import UserError
@@ -114,7 +124,7 @@ def make_strategies(target: Target, check: Check, left_out: Sequence[str] = ()) 
 
 def make_strategy(target: Target, spec: Spec, given: dict[str, Any]) -> Strategy:
     """The strategy of an entry, with those of the settings given for all that it takes. Raises UserError."""
-    settings = with_loaded_drafts(target, settings_for(spec, target, given))
+    settings = with_loaded_drafts(target, spec.name, settings_for(spec, target, given))
 
     def make() -> Drafter:
         return make_drafter(spec.name, target.runner, **settings)
@@ -127,15 +137,16 @@ def make_strategy(target: Target, spec: Spec, given: dict[str, Any]) -> Strategy
 def default_entries(target: Target, settings: dict[str, Any]) -> list[str]:
     """All that the model and the settings allow: what needs a draft model or an exit layer only with one."""
     entries = []
-    suggested = target.run.suggested if target.run is not None else {}
-    if {"exit_layer", "num_speculations"} <= {*suggested, *settings}:
-        entries.append(SUGGESTED)
+    if {"exit_layer", "num_speculations"} <= {*suggested(target, EXITS), *settings}:
+        entries.append(EXITS)
         if not any(name in settings for name in VARIANTS):
-            entries += [f"{SUGGESTED}:draft_stop=confidence", f"{SUGGESTED}:draft_tree"]
+            entries += [f"{EXITS}:draft_stop=confidence", f"{EXITS}:draft_tree"]
     if "draft" in settings:
-        entries.append("speculative_sampling")
+        entries.append(drafting_strategy(settings["draft"]))
+    elif target.run is not None and target.run.heads is not None:
+        entries.append(target.run.strategy)
     entries += ["prompt_lookup", "lookahead"]
-    masked = ("draft_tree", "lookahead")
+    masked = ("draft_tree", "lookahead", "medusa")
     return [one for one in entries if target.runner.takes_masks or not one.endswith(masked)]
 
 

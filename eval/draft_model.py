@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from eval.decoding.capture import captured
 from eval.decoding.drafters.speculative_sampling import DraftModel
@@ -16,10 +14,7 @@ from layerskip_model.errors import UserError
 from layerskip_model.formats.huggingface import load_model, load_tokenizer, no_progress_bar
 from layerskip_model.runner import Runner
 
-__all__ = ["DraftModel", "load_draft", "with_loaded_drafts"]
-
-_loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[str, bool], DraftModel]] = WeakKeyDictionary()
-"""target's model -> the draft models loaded for it, by name and whether their passes are captured"""
+__all__ = ["DraftModel", "captured_like", "load_draft"]
 
 
 def load_draft(target: Target, name: str) -> DraftModel:
@@ -42,19 +37,6 @@ def load_draft(target: Target, name: str) -> DraftModel:
         return captured_like(runner, DraftModel(name, Runner(model)))
     except UserError as error:
         raise UserError(f"--draft: {error}") from None
-
-
-def with_loaded_drafts(target: Target, settings: dict[str, Any]) -> dict[str, Any]:
-    """The same settings, a draft model that is named in them loaded, once for each target. Raises UserError."""
-    name = settings.get("draft")
-    if not isinstance(name, str):
-        return settings
-    loaded = _loaded.setdefault(target.model, {})
-    key = name, target.runner.fixed_shapes
-    if key not in loaded:
-        plain = loaded.get((name, False))
-        loaded[key] = load_draft(target, name) if plain is None else captured_like(target.runner, plain)
-    return {**settings, "draft": loaded[key]}
 
 
 def captured_like(runner: Runner, draft: DraftModel) -> DraftModel:

@@ -84,11 +84,22 @@ class Drafting:
         int | None, flag("tree_top_k", "with --draft_tree: children of a node, and nodes that go on a level")
     ] = None
     tree_tokens: Annotated[
-        int | None, flag("tree_tokens", "with --draft_tree: drafts of the tree that are verified")
+        int | None, flag("tree_tokens", "drafts of the tree that are verified (--draft_tree, medusa)")
     ] = None
     draft: Annotated[
         str | None,
-        flag("draft", "directory or hub name of a draft model (speculative_sampling, hf_assisted)"),
+        flag(
+            "draft",
+            "directory or hub name of a draft model (speculative_sampling, hf_assisted) or of heads (medusa), "
+            "which may be the run that trained them",
+        ),
+    ] = None
+    tree: Annotated[
+        str | None,
+        flag(
+            "tree",
+            "chain, or a tree's JSON file (medusa); default: the tree beside the heads, else a chain",
+        ),
     ] = None
     max_ngram: Annotated[
         int | None, flag("max_ngram", "longest n-gram that is looked up (prompt_lookup, hf_prompt_lookup)")

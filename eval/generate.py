@@ -15,8 +15,8 @@ from eval.choosing import Choosing, make_rule, peer_config
 from eval.decoding.speculate import Generation, Listener, Stop, decode
 from eval.decoding.stopping import StopStrings
 from eval.decoding.strategies import make_drafter, strategy_name
-from eval.draft_model import with_loaded_drafts
-from eval.strategy_spec import SUGGESTED
+from eval.drafts import with_loaded_drafts
+from eval.strategy_spec import suggested
 from eval.streaming import Live, Page, TextStream
 from eval.target import Target
 from eval.terminal import open_output
@@ -45,15 +45,14 @@ class Generator:
         choosing: Choosing | None = None,
         **settings: Any,
     ) -> Self:
-        """Check the strategy and its settings (None: not given; for self_speculative then what the run suggests).
+        """Check the strategy and its settings (None: not given; then what the run suggests).
 
-        `draft`, a draft model, may be its directory or hub name. `choosing`: greedy by default. Raises UserError.
+        `draft`, a draft model or heads, may be a directory or hub name. `choosing`: greedy by default.
+        Raises UserError.
         """
         name = strategy_name(strategy)
         given = {key: value for key, value in settings.items() if value is not None}
-        if name == SUGGESTED and target.run is not None:
-            given = target.run.suggested | given
-        given = with_loaded_drafts(target, given)
+        given = with_loaded_drafts(target, name, suggested(target, name) | given)
         make_drafter(name, target.runner, **given)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens (--max_steps) {max_new_tokens}: give 1 or more")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from eval.target import Target
 
 BASELINE = "autoregressive"
-SUGGESTED = "self_speculative"  # the strategy that a run's suggestion is about
+EXITS = "self_speculative"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Peer:
 PEERS: dict[str, Peer] = {
     "hf_generate": Peer(peers.hf_generate, "transformers generate", BASELINE, one_prompt_only=""),
     "hf_early_exit": Peer(
-        peers.hf_early_exit, "transformers early exit", SUGGESTED, ("exit_layer", "num_speculations")
+        peers.hf_early_exit, "transformers early exit", EXITS, ("exit_layer", "num_speculations")
     ),
     "hf_assisted": Peer(
         peers.hf_assisted, "transformers assisted", "speculative_sampling", ("draft", "num_speculations")
@@ -128,12 +128,18 @@ def check_given(specs: Sequence[Spec], given: dict[str, Any]) -> None:
 def settings_for(spec: Spec, target: Target, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of an entry: its own, else those given for all, else what the target's run suggests.
 
-    Names of draft models are as they were given: `eval.draft_model.with_loaded_drafts` loads them.
+    What is named in them is as it was given: `eval.drafts.with_loaded_drafts` loads it.
     """
     ours = PEERS[spec.name].ours if spec.name in PEERS else spec.name
-    suggested = target.run.suggested if target.run is not None and ours == SUGGESTED else {}
     types = setting_types(spec.name)
-    return {key: value for key, value in (suggested | given | spec.settings).items() if key in types}
+    found = suggested(target, ours) | given | spec.settings
+    return {key: value for key, value in found.items() if key in types}
+
+
+def suggested(target: Target, strategy: str) -> dict[str, Any]:
+    """What the target's run suggests for a strategy of ours: nothing but for the one that it was made for."""
+    run = target.run
+    return run.suggested if run is not None and run.strategy == strategy else {}
 
 
 def peer_settings(name: str, target: Target, values: dict[str, Any]) -> dict[str, Any]:

@@ -55,9 +55,15 @@ class RunFiles:
         return self.directory / self.content["heldout"]
 
     @property
+    def strategy(self) -> str:
+        """The suggested strategy."""
+        return self.content["suggested"]["strategy"]
+
+    @property
     def suggested(self) -> dict[str, Any]:
-        """Settings of the suggested strategy: exit_layer, num_speculations."""
-        return self.content["suggested"]["settings"]
+        """Settings of the suggested strategy: exit_layer and num_speculations, or draft, the heads."""
+        heads = {} if self.heads is None else {"draft": str(self.heads)}
+        return heads | self.content["suggested"]["settings"]
 
     @property
     def length(self) -> int:
@@ -138,7 +144,7 @@ def open_run(directory: str | Path) -> RunFiles:
     except (OSError, ValueError) as error:
         raise UserError(f"run '{directory}': run.json is damaged ({error}); train again") from None
     if not _is_run(content):
-        wanted = "base, heldout, recipe and suggested.settings"
+        wanted = "base, heldout, recipe, suggested.strategy and suggested.settings"
         raise UserError(f"run '{directory}': run.json is damaged (it needs {wanted}); train again")
     return RunFiles(Path(directory), content)
 
@@ -149,7 +155,9 @@ def _is_run(content: Any) -> bool:
         return False
     suggested = content.get("suggested")
     names = all(isinstance(content.get(key), str) for key in ("base", "heldout", "recipe"))
-    return names and isinstance(suggested, dict) and isinstance(suggested.get("settings"), dict)
+    if not names or not isinstance(suggested, dict):
+        return False
+    return isinstance(suggested.get("strategy"), str) and isinstance(suggested.get("settings"), dict)
 
 
 def load_target(

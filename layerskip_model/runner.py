@@ -154,7 +154,12 @@ class Runner:
         """The final norm and the LM head after any layer. [..., hidden] -> [..., vocab]."""
         if self.fused is None:
             return self.backbone.logits(hidden).to(self.device)  # the head may lie on another device
-        return self._head.logits(self._norm(hidden))
+        return self._head.logits(self.normed(hidden))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """The final norm alone: what the LM head reads, and drafting heads. [..., hidden] -> the same shape."""
+        norm = self.backbone.norm if self.fused is None else self._norm
+        return norm(hidden)
 
     def ragged(self, cache: KeyValues, tables: Tables, begin: Tensor, ahead: Tensor, end: int) -> Ragged:
         """See `Ragged`. Raises UserError where the model's attention takes no mask."""

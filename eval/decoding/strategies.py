@@ -7,6 +7,7 @@ from typing import Any
 from eval.decoding.drafters.autoregressive import Autoregressive
 from eval.decoding.drafters.base import Drafter
 from eval.decoding.drafters.lookahead import Lookahead
+from eval.decoding.drafters.medusa import Medusa
 from eval.decoding.drafters.prompt_lookup import PromptLookup
 from eval.decoding.drafters.self_speculative import SelfSpeculative
 from eval.decoding.drafters.speculative_sampling import SpeculativeSampling
@@ -20,6 +21,7 @@ STRATEGIES: dict[str, type[Drafter]] = {
     "speculative_sampling": SpeculativeSampling,
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,
+    "medusa": Medusa,
 }
 ALIASES = {"greedy": "autoregressive"}
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from eval.decoding.capture import GraphRunner
-from eval.draft_model import DraftModel, check_vocabulary, load_draft, with_loaded_drafts
+from eval.draft_model import DraftModel, check_vocabulary, load_draft
+from eval.drafts import with_loaded_drafts
 from eval.generate import Generator
 from eval.target import Target, load_target
 from layerskip_model.errors import UserError
@@ -39,13 +40,17 @@ def test_it_is_loaded_once_and_captured_where_the_target_is(
     draft_directory: Path, tiny_target: Target
 ) -> None:
     settings = {"draft": str(draft_directory), "num_speculations": 3}
-    first, again = (with_loaded_drafts(tiny_target, settings) for _ in range(2))
+    first, again = (with_loaded_drafts(tiny_target, "speculative_sampling", settings) for _ in range(2))
     draft = first["draft"]
     assert isinstance(draft, DraftModel)
     assert first == again == {**settings, "draft": draft}
-    assert with_loaded_drafts(tiny_target, first) == first
-    assert with_loaded_drafts(tiny_target, {"num_speculations": 3}) == {"num_speculations": 3}
-    captured = with_loaded_drafts(replace(tiny_target, runner=GraphRunner(tiny_target.runner)), settings)
+    assert with_loaded_drafts(tiny_target, "speculative_sampling", first) == first
+    assert with_loaded_drafts(tiny_target, "speculative_sampling", {"num_speculations": 3}) == {
+        "num_speculations": 3
+    }
+    captured = with_loaded_drafts(
+        replace(tiny_target, runner=GraphRunner(tiny_target.runner)), "speculative_sampling", settings
+    )
     assert captured["draft"].runner.fixed_shapes
     assert captured["draft"].runner.model is draft.runner.model
 

@@ -116,8 +116,32 @@ class State:
             is_complete=is_complete,
         )
 
-    def has_room(self, ahead: int) -> Tensor:
-        """Whether rows may take a draft so far after their root, and the target's own token. bool [batch, 1]."""
+    def tree(self, tokens: Tensor, parents: Tensor, level: Tensor, visible: Tensor, depth: int) -> Draft:
+        """The tree of these tokens [batch, n], in order, the root first and no node more than `depth` below it.
+
+        `parents` and `level`, how far each node is below the root, [batch or 1, n]; `visible` [batch or 1, n, n].
+        """
+        shape = tokens.shape
+        n = shape[1]
+        is_complete = min(self._rooms()) > depth
+        true = self._true[:, :n].expand(shape)
+        return Draft(
+            tokens=tokens,
+            parents=parents.expand(shape),
+            position=self.length + level,
+            slot=self.length + self._nodes[:, 1 : n + 1],
+            valid=true if is_complete else self.has_room(level),
+            candidate=true,
+            visible=visible.expand(self.batch, n, n),
+            in_order=True,
+            is_complete=is_complete,
+        )
+
+    def has_room(self, ahead: int | Tensor) -> Tensor:
+        """Whether rows may take a draft so far after their root, and the target's own token.
+
+        bool, [batch, 1] or as `ahead` [batch or 1, n] is.
+        """
         return ahead < self._room
 
     def context(self, draft: Draft, first: int = 0, stop: int | None = None) -> Context:

@@ -47,7 +47,7 @@ def test_settings_are_those_in_force() -> None:
     ("name", "settings", "message"),
     [
         ("self_speculativ", {}, "unknown strategy 'self_speculativ', did you mean 'self_speculative'?"),
-        ("medusoid", {}, "unknown strategy 'medusoid'; there are autoregressive, self_speculative"),
+        ("telepathy", {}, "unknown strategy 'telepathy'; there are autoregressive, self_speculative"),
         (
             "self_speculative",
             {"num_speculations": 2},
