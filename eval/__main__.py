@@ -1,4 +1,4 @@
-"""python -m eval {generate, benchmark, correctness, exits, answers, compare}; --under_score or --dash-ed flags."""
+"""python -m eval {generate, benchmark, correctness, tree, exits, answers, compare}; flags with _ or with -."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def generate(
         str,
         flag(
             "generation_strategy",
-            "autoregressive (alias greedy), self_speculative, speculative_sampling, prompt_lookup, lookahead or medusa",
+            "autoregressive (alias greedy), self_speculative, speculative_sampling, prompt_lookup, lookahead, "
+            "medusa or hydra",
         ),
     ] = "autoregressive",
     max_steps: Annotated[int, flag("max_steps", "new tokens at most")] = 512,
@@ -269,14 +270,50 @@ def answers(
         rows = read_prompts(dataset_path(target, dataset))
         asked = questions(target, evenly_spaced(rows, num_samples or len(rows)))
         asked_for = {"exit_layer": exit_layer, "num_speculations": num_speculations}
-        speculation = suggested(target, EXITS) | {
-            key: value for key, value in asked_for.items() if value is not None
-        }
+        own = {key: value for key, value in asked_for.items() if value is not None}
+        speculation = suggested(target, EXITS, own) | own
         exit_layers = range(1, target.runner.num_layers + 1) if wanted is None else wanted
         found = measure_answers(target, asked, exit_layers, speculation or None)
         Console().print(answers_table(found))
         if place is not None:
             write_rows(place / "answers.jsonl", [answer.model_dump() for answer in found])
+
+
+@app.command()
+@with_flags
+def tree(
+    loading: Loading,
+    draft: Annotated[
+        str | None,
+        flag("draft", "directory of heads, or the run that trained them; default: those of the --run"),
+    ] = None,
+    dataset: Annotated[str, flag("dataset", "a JSONL file with prompt or turns, or heldout")] = "heldout",
+    num_samples: Annotated[
+        int | None, flag("num_samples", "prompts; default: 32, or all of a smaller file")
+    ] = None,
+    max_steps: Annotated[int, flag("max_steps", "new tokens a prompt")] = 128,
+    max_nodes: Annotated[int, flag("max_nodes", "nodes of the largest tree that is looked at")] = 63,
+    output_dir: Annotated[
+        str | None, flag("output_dir", "where tree.json goes, made if need be; default: beside the heads")
+    ] = None,
+) -> None:
+    """Find the tree that gives the most tokens per second with these heads on this machine; tree.json beside them.
+
+    From how often the heads are right on the model's own continuations, and what steps with trees of all sizes take.
+    """
+    from rich.console import Console
+
+    from eval.tree_report import place_beside, save_tree, summary, tree_tables
+    from eval.tree_search import Request, draft_name, search_tree
+
+    request = Request(dataset, num_samples, max_steps, max_nodes)
+    target = loading.load()
+    name = draft_name(target, draft)
+    with output_directory(output_dir or place_beside(name)) as place:
+        assert place is not None
+        search = search_tree(target, name, request)
+        Console().print(*tree_tables(search))
+        print(summary(search, save_tree(target, search, request, place)))
 
 
 @app.command()

@@ -137,7 +137,7 @@ def make_strategy(target: Target, spec: Spec, given: dict[str, Any]) -> Strategy
 def default_entries(target: Target, settings: dict[str, Any]) -> list[str]:
     """All that the model and the settings allow: what needs a draft model or an exit layer only with one."""
     entries = []
-    if {"exit_layer", "num_speculations"} <= {*suggested(target, EXITS), *settings}:
+    if {"exit_layer", "num_speculations"} <= {*suggested(target, EXITS, settings), *settings}:
         entries.append(EXITS)
         if not any(name in settings for name in VARIANTS):
             entries += [f"{EXITS}:draft_stop=confidence", f"{EXITS}:draft_tree"]
@@ -146,7 +146,7 @@ def default_entries(target: Target, settings: dict[str, Any]) -> list[str]:
     elif target.run is not None and target.run.heads is not None:
         entries.append(target.run.strategy)
     entries += ["prompt_lookup", "lookahead"]
-    masked = ("draft_tree", "lookahead", "medusa")
+    masked = ("draft_tree", "lookahead", "medusa", "hydra")
     return [one for one in entries if target.runner.takes_masks or not one.endswith(masked)]
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
+import torch
+
+from eval.decoding.drafters.hydra import HydraDraft
 from eval.decoding.drafters.medusa import MedusaDraft
+from eval.decoding.published_trees import DEFAULT, PUBLISHED, published_tree
+from eval.decoding.settings import nearest
 from eval.decoding.static_tree import TreeShape, read_tree
-from eval.target import Target, open_run
+from eval.target import Target
 from layerskip_model.errors import UserError
+from layerskip_model.formats.heads import heads_directory
+from layerskip_model.formats.hydra import load_hydra
 from layerskip_model.formats.medusa import load_medusa
 
-HEADS_OF = {"medusa_num_heads": "medusa"}
+HEADS_OF = {"medusa_num_heads": "medusa", "hydra_num_heads": "hydra"}
 """what the config.json of heads has -> the strategy that drafts with them"""
 TREE_FILE = "tree.json"  # beside heads: the tree that is best for them
+CHAIN = "chain"
 
 
 def load_medusa_draft(target: Target, name: str) -> MedusaDraft:
@@ -22,29 +31,61 @@ def load_medusa_draft(target: Target, name: str) -> MedusaDraft:
     directory = heads_directory(name)
     heads = load_medusa(directory, target.runner.backbone)
     heads = heads.to(target.runner.dtype).requires_grad_(False).eval()
-    return MedusaDraft(name, heads, heads.number, saved_tree(directory, heads.number))
+    return MedusaDraft(name, heads, heads.number, saved_tree(directory, heads.number, target.runner.device))
 
 
-def heads_directory(name: str) -> Path:
-    """Where heads lie: the directory of that name, or what the run there exported. Raises UserError."""
-    if not (Path(name) / "run.json").is_file():
-        return Path(name)
-    heads = open_run(name).heads
-    if heads is None:
-        raise UserError(f"--draft '{name}': that run trained no heads; name one that did")
-    return heads
+def load_hydra_draft(target: Target, name: str) -> HydraDraft:
+    """Hydra heads. Raises UserError for those of another model."""
+    directory = heads_directory(name)
+    heads = load_hydra(directory, target.runner.backbone)
+    heads = heads.to(target.runner.dtype).requires_grad_(False).eval()
+    tree = saved_tree(directory, heads.number, target.runner.device)
+    return HydraDraft.of(name, heads, tree, target.runner)
 
 
-def saved_tree(directory: Path, heads: int) -> TreeShape:
-    """The tree that lies beside heads; where there is none, a chain."""
+def has_tree(directory: Path) -> bool:
+    """Whether a tree lies beside heads."""
+    return (directory / TREE_FILE).is_file()
+
+
+def saved_tree(directory: Path, heads: int, device: torch.device) -> TreeShape:
+    """The tree that lies beside heads; where there is none, what heads of that number draft on that device."""
     path = directory / TREE_FILE
-    return fitting(read_tree(path), heads) if path.is_file() else TreeShape.chain(heads)
+    return fitting(read_tree(path), heads) if path.is_file() else default_tree(heads, device)
+
+
+def default_tree(heads: int, device: torch.device) -> TreeShape:
+    """On a GPU the published tree, as much of it as the heads can draft, elsewhere a chain.
+
+    A GPU verifies 64 rows of a large model in little more time than one, a CPU hardly.
+    """
+    return published_tree(DEFAULT).cut(depth=heads) if device.type == "cuda" else TreeShape.chain(heads)
+
+
+def say_default(name: str, tree: TreeShape) -> None:
+    """Where no tree lies beside the heads of that name: what is drafted, and what finds a better one."""
+    if not has_tree(heads_directory(name)):
+        say(
+            f"heads '{name}' have no {TREE_FILE}: by default they draft {_described(tree)}; python -m eval tree finds "
+            "their best one"
+        )
+
+
+def _described(tree: TreeShape) -> str:
+    return f"a chain of {tree.depth}" if tree.is_chain else f"{tree.size} nodes of the tree '{tree.name}'"
 
 
 def named_tree(name: str, heads: int) -> TreeShape:
-    """The tree that a user means: `chain`, or a JSON file. Raises UserError."""
-    if name == "chain":
+    """The tree that a user means: `chain`, one that was published, or a JSON file. Raises UserError."""
+    if name == CHAIN:
         return TreeShape.chain(heads)
+    if name in PUBLISHED:
+        return fitting(published_tree(name), heads)
+    if not Path(name).is_file():
+        known = (CHAIN, *PUBLISHED)
+        raise UserError(
+            f"tree '{name}' is neither a file nor a published tree{nearest(name, known)}; there are {', '.join(known)}"
+        )
     return fitting(read_tree(name), heads)
 
 
@@ -53,18 +94,23 @@ def fitting(tree: TreeShape, heads: int) -> TreeShape:
     if tree.depth <= heads:
         return tree
     cut = tree.cut(depth=heads)
-    print(
+    say(
         f"tree '{tree.name}' has {tree.depth} levels and there are {heads} heads: cut to {cut.size} of its "
-        f"{tree.size} nodes",
-        file=sys.stderr,
+        f"{tree.size} nodes"
     )
     return cut
+
+
+@cache
+def say(line: str) -> None:
+    """Print a line on standard error, once in a program however often it is said."""
+    print(line, file=sys.stderr)
 
 
 def drafting_strategy(name: str) -> str:
     """The strategy that a draft of this name is for, by the config.json in its directory. Raises UserError."""
     try:
         config = json.loads((heads_directory(name) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a hub name, or what its loader will refuse
+    except (OSError, ValueError):  # what its loader will refuse
         config = {}
     return next((strategy for key, strategy in HEADS_OF.items() if key in config), "speculative_sampling")

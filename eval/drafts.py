@@ -9,13 +9,18 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 from eval.decoding.drafters.heads import DraftHeads
+from eval.decoding.drafters.hydra import HydraDraft
 from eval.decoding.drafters.medusa import MedusaDraft
 from eval.decoding.strategies import STRATEGIES
-from eval.draft_heads import load_medusa_draft, named_tree
+from eval.draft_heads import load_hydra_draft, load_medusa_draft, named_tree, say_default
 from eval.draft_model import DraftModel, captured_like, load_draft
 from eval.target import Target
 
-LOADERS: dict[type, Callable[[Target, str], Any]] = {DraftModel: load_draft, MedusaDraft: load_medusa_draft}
+LOADERS: dict[type, Callable[[Target, str], Any]] = {
+    DraftModel: load_draft,
+    MedusaDraft: load_medusa_draft,
+    HydraDraft: load_hydra_draft,
+}
 
 _loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[type, str, bool], Any]] = WeakKeyDictionary()
 """target's model -> what was loaded for it: by kind, name and whether passes are captured"""
@@ -28,6 +33,8 @@ def with_loaded_drafts(target: Target, strategy: str, settings: dict[str, Any]) 
         settings["draft"] = loaded(
             target, get_type_hints(STRATEGIES[strategy].Settings)["draft"], settings["draft"]
         )
+        if isinstance(settings["draft"], DraftHeads) and settings.get("tree") is None:
+            say_default(settings["draft"].name, settings["draft"].tree)
     draft, tree = settings.get("draft"), settings.get("tree")
     if isinstance(draft, DraftHeads) and isinstance(tree, str):
         settings["tree"] = named_tree(tree, draft.number)

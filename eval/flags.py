@@ -84,13 +84,13 @@ class Drafting:
         int | None, flag("tree_top_k", "with --draft_tree: children of a node, and nodes that go on a level")
     ] = None
     tree_tokens: Annotated[
-        int | None, flag("tree_tokens", "drafts of the tree that are verified (--draft_tree, medusa)")
+        int | None, flag("tree_tokens", "drafts of the tree that are verified (--draft_tree, medusa, hydra)")
     ] = None
     draft: Annotated[
         str | None,
         flag(
             "draft",
-            "directory or hub name of a draft model (speculative_sampling, hf_assisted) or of heads (medusa), "
+            "directory or hub name of a draft model (speculative_sampling, hf_assisted) or of heads (medusa, hydra), "
             "which may be the run that trained them",
         ),
     ] = None
@@ -98,7 +98,8 @@ class Drafting:
         str | None,
         flag(
             "tree",
-            "chain, or a tree's JSON file (medusa); default: the tree beside the heads, else a chain",
+            "chain, the name of a published tree, or a tree's JSON file (medusa, hydra); default: the tree beside "
+            "the heads, else a chain, on a GPU medusa_mc_sim_7b_63",
         ),
     ] = None
     max_ngram: Annotated[

@@ -52,7 +52,7 @@ class Generator:
         """
         name = strategy_name(strategy)
         given = {key: value for key, value in settings.items() if value is not None}
-        given = with_loaded_drafts(target, name, suggested(target, name) | given)
+        given = with_loaded_drafts(target, name, suggested(target, name, given) | given)
         make_drafter(name, target.runner, **given)
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens (--max_steps) {max_new_tokens}: give 1 or more")
@@ -69,10 +69,21 @@ class Generator:
         `streams`: when sampling, the number of each prompt's own stream of random numbers, 0, 1, ... by default:
         the same number gives the same answer in any batch. Raises UserError.
         """
+        tokens = [self.target.encode(prompt) for prompt in prompts]
+        return self.generate_tokens(tokens, streams=streams, listener=listener)
+
+    def generate_tokens(
+        self,
+        prompts: list[list[int]],
+        *,
+        streams: Sequence[int] | None = None,
+        listener: Listener | None = None,
+    ) -> list[Generation]:
+        """`generate` for prompts that are token ids already."""
         return decode(
             self.target.runner,
             make_drafter(self.strategy, self.target.runner, **self.settings),
-            [self.target.encode(prompt) for prompt in prompts],
+            prompts,
             max_new_tokens=self.max_new_tokens,
             eos_token_ids=self.target.eos_token_ids,
             stop=self.stop,

@@ -1,4 +1,4 @@
-"""What drafts from any exit would have been accepted in a text that the model wrote itself.
+"""Text that the model wrote itself, and what drafts would have been accepted in it.
 
 Greedy self-speculation writes what the last layer alone would, so while drafts are accepted their prefix is that
 text: whether exit E's first choice after each prefix is the text's next token decides the acceptance of every
@@ -7,13 +7,33 @@ exit and every number of drafts, exactly. One forward over a text replaces a dec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from eval.decoding.cache import Cache, SpanView
+from eval.decoding.drafters.base import Drafter
+from eval.decoding.speculate import Generation, decode
 from layerskip_model.runner import Runner
+
+
+def continued(
+    runner: Runner,
+    drafter: Drafter,
+    prompts: list[list[int]],
+    new_tokens: int,
+    eos_token_ids: Collection[int],
+) -> list[Generation]:
+    """Decode greedily, in one batch where the model's attention allows. Raises UserError."""
+    batches = [prompts] if runner.takes_masks else [[prompt] for prompt in prompts]
+    return [
+        generation
+        for batch in batches
+        for generation in decode(
+            runner, drafter, batch, max_new_tokens=new_tokens, eos_token_ids=eos_token_ids
+        )
+    ]
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,12 @@ class OwnText:
     prompts: list[list[int]]
     texts: list[list[int]]  # without the prompts
     ended: list[bool]  # by itself
+    eos_token_ids: Collection[int] = ()
+
+    def decoded(self, drafter: Drafter) -> list[Generation]:
+        """The same once more, with drafts. Raises UserError."""
+        longest = max(map(len, self.texts))
+        return continued(self.runner, drafter, self.prompts, longest, self.eos_token_ids)
 
     @torch.inference_mode()
     def agreement(self) -> dict[int, list[list[bool]]]:

@@ -58,14 +58,14 @@ def write_report(report: Report, output_dir: Path) -> None:
             f"cannot make the output directory {output_dir} ({error.strerror}): name another"
         ) from error
     for name, text in files.items():
-        _write_whole(output_dir / name, text)
+        write_whole(output_dir / name, text)
 
 
 def tables(report: Report) -> list[Table | Text]:
     """What the terminal shows of a report, with an empty line between two tables."""
     found = [strategy_table(report)]
     if report.rivals:
-        found.append(_fitting("Over transformers' own", RIVAL_COLUMNS, rival_rows(report)))
+        found.append(fitting_table("Over transformers' own", RIVAL_COLUMNS, rival_rows(report)))
     if report.profile:
         found.append(profile_table(report))
     return [part for table in found for part in (Text(), table)][1:]
@@ -79,27 +79,27 @@ def strategy_table(report: Report) -> Table:
     ways = ["greedy"] if report.strategies else []
     ways += [f"sampled {how_sampled(report)}"] if report.sampled else []
     rows = strategy_rows(report, report.strategies or report.sampled)
-    table = _fitting(f"Strategies, {' and '.join(ways)}", strategy_columns(report), rows)
+    table = fitting_table(f"Strategies, {' and '.join(ways)}", strategy_columns(report), rows)
     table.caption = Text("\n".join(headline(report)), justify="left")
     return table
 
 
 def profile_table(report: Report) -> Table:
     """Where the strategies' steps go, for the terminal."""
-    return _fitting("Milliseconds a step", PROFILE_COLUMNS, report.profile)
+    return fitting_table("Milliseconds a step", PROFILE_COLUMNS, report.profile)
 
 
 def exits_table(exits: Sequence[ExitQuality]) -> Table:
     """The quality of every exit for the terminal, shallowest first."""
-    return _fitting("Exits", EXIT_COLUMNS, sorted(exits, key=lambda e: e.layer))
+    return fitting_table("Exits", EXIT_COLUMNS, sorted(exits, key=lambda e: e.layer))
 
 
 def answers_table(answers: Sequence[Answers]) -> Table:
     """How often each way of decoding is right, for the terminal."""
-    return _fitting("Answers", ANSWER_COLUMNS, answers)
+    return fitting_table("Answers", ANSWER_COLUMNS, answers)
 
 
-def _fitting(title: str, columns: Sequence[Column], rows: Sequence[Any]) -> Table:
+def fitting_table(title: str, columns: Sequence[Column], rows: Sequence[Any]) -> Table:
     """A table of TABLE_WIDTH, without the columns that can be spared as far as it needs their room."""
     shown = [column for column in columns if column.short != ""]
     console = Console(width=TABLE_WIDTH)
@@ -161,7 +161,8 @@ def _markdown(text: str) -> str:
     return " ".join(text.replace("](", "]\\(").replace("<", "&lt;").split())
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from eval import peers
 from eval.decoding.settings import from_text, make_settings, nearest, spoken
 from eval.decoding.strategies import ALIASES, STRATEGIES
+from eval.draft_heads import has_tree
 from layerskip_model.errors import UserError
 
 if TYPE_CHECKING:
@@ -132,14 +133,24 @@ def settings_for(spec: Spec, target: Target, given: dict[str, Any]) -> dict[str,
     """
     ours = PEERS[spec.name].ours if spec.name in PEERS else spec.name
     types = setting_types(spec.name)
-    found = suggested(target, ours) | given | spec.settings
+    own = given | spec.settings
+    found = suggested(target, ours, own) | own
     return {key: value for key, value in found.items() if key in types}
 
 
-def suggested(target: Target, strategy: str) -> dict[str, Any]:
-    """What the target's run suggests for a strategy of ours: nothing but for the one that it was made for."""
+def suggested(target: Target, strategy: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What the target's run suggests for a strategy of ours: nothing but for the one that it was made for.
+
+    How deep heads should draft is about what they draft by default; other heads, and a tree that is given or lies
+    beside them, have a depth of their own.
+    """
     run = target.run
-    return run.suggested if run is not None and run.strategy == strategy else {}
+    if run is None or run.strategy != strategy:
+        return {}
+    found = dict(run.suggested)
+    if {"draft", "tree"} & given.keys() or (run.heads is not None and has_tree(run.heads)):
+        found.pop("num_speculations", None)
+    return found
 
 
 def peer_settings(name: str, target: Target, values: dict[str, Any]) -> dict[str, Any]:

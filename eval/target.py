@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from layerskip_model.formats.huggingface import (
     no_progress_bar,
     one_line,
 )
+from layerskip_model.formats.run import RUN_FILE, heads_of, model_of, read_run
 from layerskip_model.jsonl import PromptRow, read_rows
 from layerskip_model.runner import Runner
 
@@ -40,14 +40,12 @@ class RunFiles:
     @property
     def model(self) -> Path:
         """The checkpoint to decode with: what the run exported, or the model that it trained heads for."""
-        exported = self.directory / self.content["base"]
-        return exported if exported.is_dir() else Path(self.content["base"])
+        return model_of(self.directory, self.content)
 
     @property
     def heads(self) -> Path | None:
         """The heads that it exported, if it trained some."""
-        name = self.content.get("heads")
-        return None if name is None else self.directory / name
+        return heads_of(self.directory, self.content)
 
     @property
     def heldout(self) -> Path:
@@ -134,30 +132,7 @@ class Target:
 
 def open_run(directory: str | Path) -> RunFiles:
     """Read a run's run.json. Raises UserError where there is no finished run."""
-    path = Path(directory) / "run.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"run '{directory}' is no finished training run: it has no run.json; name a run's output_dir"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"run '{directory}': run.json is damaged ({error}); train again") from None
-    if not _is_run(content):
-        wanted = "base, heldout, recipe, suggested.strategy and suggested.settings"
-        raise UserError(f"run '{directory}': run.json is damaged (it needs {wanted}); train again")
-    return RunFiles(Path(directory), content)
-
-
-def _is_run(content: Any) -> bool:
-    """Whether run.json has what is read from it here."""
-    if not isinstance(content, dict):
-        return False
-    suggested = content.get("suggested")
-    names = all(isinstance(content.get(key), str) for key in ("base", "heldout", "recipe"))
-    if not names or not isinstance(suggested, dict):
-        return False
-    return isinstance(suggested.get("strategy"), str) and isinstance(suggested.get("settings"), dict)
+    return RunFiles(Path(directory), read_run(directory))
 
 
 def load_target(
@@ -206,7 +181,7 @@ def with_captured_passes(target: Target) -> Target:
 
 def _run_beside(model: Path) -> RunFiles | None:
     """The run that exported this checkpoint, if it lies beside it."""
-    if not (model.parent / "run.json").is_file():
+    if not (model.parent / RUN_FILE).is_file():
         return None
     files = open_run(model.parent)
     return files if model.is_dir() and files.model.resolve() == model.resolve() else None

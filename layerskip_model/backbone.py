@@ -8,6 +8,7 @@ patched, and a model that is not in training computes what it always did.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -152,6 +153,15 @@ class Backbone:
         for interception in self._interceptions:
             interception.release()
         self._interceptions = []
+
+    def rotary(self, like: Tensor, position_ids: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions [batch, seq], [batch, seq, rotary dim] each in the dtype of `like`.
+
+        `kind` is an attention kind: some models turn each by another base.
+        """
+        rotary_emb: Any = self.base.rotary_emb
+        per_kind = "layer_type" in inspect.signature(rotary_emb.forward).parameters
+        return rotary_emb(like, position_ids, *((kind,) if per_kind else ()))
 
     def final_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The model's own forward up to and with the final norm. Tokens [batch, seq] -> [batch, seq, hidden].

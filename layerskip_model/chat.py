@@ -42,23 +42,29 @@ class ChatTemplate:
     source: str
 
     @classmethod
-    def load(cls, tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> ChatTemplate:
+    def load(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        path: str | Path | None = None,
+        setting: str = "data.chat_template",
+    ) -> ChatTemplate:
         """The template of a Jinja file, or else the tokenizer's own.
 
-        Raises UserError where the file cannot be read or is no template, and where the tokenizer has none.
+        Raises UserError, naming the `setting` that gives the file, where it cannot be read or is no template, and where
+        the tokenizer has none.
         """
         if path is None:
-            return cls(tokenizer, _own_template(tokenizer))
+            return cls(tokenizer, _own_template(tokenizer, setting))
         try:
             template = cls(tokenizer, Path(path).expanduser().read_text(encoding="utf-8"))
             template.text([{"role": "user", "content": ""}])
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"data.chat_template='{path}' cannot be read: {one_line(error)}; name a Jinja file"
+                f"{setting}='{path}' cannot be read: {one_line(error)}; name a Jinja file"
             ) from error
         except TemplateSyntaxError as error:
             raise UserError(
-                f"data.chat_template='{path}', line {error.lineno}: {error.message}; correct the template"
+                f"{setting}='{path}', line {error.lineno}: {error.message}; correct the template"
             ) from error
         except UnusableConversation:
             pass  # it may want other messages than this one
@@ -236,12 +242,12 @@ def _answers(messages: Messages) -> list[int]:
     return places
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _own_template(tokenizer: PreTrainedTokenizerBase, setting: str) -> str:
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:
         name = tokenizer.name_or_path
         raise UserError(
             f"tokenizer '{name}' has no chat template, which conversations need; name a Jinja file in "
-            "data.chat_template"
+            f"{setting}"
         ) from None

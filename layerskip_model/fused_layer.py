@@ -117,8 +117,8 @@ class Linear:
         return output if self.bias is None else output + self.bias
 
 
-def fuse(layers: nn.ModuleList) -> list[FusedLayer]:
-    """All layers of a model. Raises NotFusible where one of them is not made of Llama's parts."""
+def fuse(layers: Sequence[nn.Module]) -> list[FusedLayer]:
+    """All these layers. Raises NotFusible where one of them is not made of Llama's parts."""
     with torch.inference_mode(False), torch.no_grad():
         return [FusedLayer(layer, index) for index, layer in enumerate(layers)]
 

@@ -53,10 +53,14 @@ def wide_logits(hidden: Tensor, head: HeadMap) -> Tensor:
     return head.squash(projected.to(sum_dtype(projected.dtype)))
 
 
+def chunk_bytes(device: torch.device) -> int:
+    """The budget of a chunk."""
+    return CPU_CHUNK_BYTES if device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+
+
 def chunk_rows(head: HeadMap) -> int:
     """How many rows' logits fit the budget."""
-    budget = CPU_CHUNK_BYTES if head.weight.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    return max(1, budget // (4 * head.weight.shape[0]))
+    return max(1, chunk_bytes(head.weight.device) // (4 * head.weight.shape[0]))
 
 
 def chunks(number: int, head: HeadMap) -> Iterator[slice]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from layerskip_model.backbone import Backbone
 from layerskip_model.head_map import HeadMap
+from layerskip_model.head_terms import TOP
 from layerskip_model.token_loss import (
     IGNORE_INDEX,
     top_predictions,
@@ -23,8 +24,6 @@ from layerskip_model.token_loss import (
 )
 
 Result = TypeVar("Result")
-
-TOP = 5  # of a head's choices, how many are looked through for the right token
 
 
 class ResBlock(nn.Module):
@@ -44,18 +43,22 @@ class ResBlock(nn.Module):
 class Projection(nn.Module):
     """The matrix from a head's state to logits; scale and soft cap are the model's.
 
-    Only its own forward reads the weight, as engines that shard parameters have gathered it only then.
+    Only its own forward reads the weights, as engines that shard parameters have gathered them only then.
     """
 
-    def __init__(self, head: HeadMap, shape: tuple[int, int]) -> None:
+    bias: nn.Parameter | None  # [vocab]
+
+    def __init__(self, head: HeadMap, shape: tuple[int, int], *, has_bias: bool = False) -> None:
         super().__init__()
         device = head.weight.device
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))  # [vocab, hidden]
+        bias = torch.zeros(shape[0], dtype=torch.float32, device=device) if has_bias else None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.scale, self.softcap = head.scale, head.softcap
 
     def forward(self, states: Any, compute: Callable[[Any, HeadMap], Result]) -> Result:
         """`compute(states, head map)`."""
-        return compute(states, HeadMap(self.weight, None, self.scale, self.softcap))
+        return compute(states, HeadMap(self.weight, self.bias, self.scale, self.softcap))
 
 
 class MedusaHeads(nn.Module):
@@ -79,7 +82,7 @@ class MedusaHeads(nn.Module):
     def new(cls, backbone: Backbone, *, heads: int, layers: int, shared: bool) -> Self:
         """Heads that say what the LM head says. A bias of the LM head is not part of any format, and left out."""
         made = cls(backbone, heads=heads, layers=layers, shared=shared)
-        weight = _whole(backbone.head.weight)
+        weight = whole(backbone.head.weight)
         for projection in made.projections:
             projection.get_parameter("weight").data.copy_(weight)
         return made
@@ -116,21 +119,15 @@ class MedusaHeads(nn.Module):
 
         `hidden` [tokens, hidden]; `labels` [K, tokens], each head's own, IGNORE_INDEX where there is none.
         """
-        if self.shared:  # one call, so that there is one gradient of the projection
-            states = tuple(self.state(index, hidden) for index in range(self.number))
-            return self.projections[0](
-                states, lambda own, head: weighted_cross_entropy(own, weights, list(labels), head)
+
+        def loss(
+            states: Sequence[Tensor], heads: Sequence[int], head: HeadMap
+        ) -> tuple[Tensor, list[Tensor]]:
+            return weighted_cross_entropy(
+                states, [weights[k] for k in heads], [labels[k] for k in heads], head
             )
-        total, losses = hidden.new_zeros((), dtype=torch.float32), []
-        for index, projection in enumerate(self.projections):
 
-            def compute(state: Tensor, head: HeadMap, index: int = index) -> tuple[Tensor, list[Tensor]]:
-                return weighted_cross_entropy([state], [weights[index]], labels[index], head)
-
-            part, (loss,) = projection(self.state(index, hidden), compute)
-            total = total + part
-            losses.append(loss)
-        return total, losses
+        return losses_over(self.projections, self.number, lambda index: self.state(index, hidden), loss)
 
     def predictions(self, index: int, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """`top_predictions` of head `index`, the first TOP: `hidden` [tokens, hidden], `labels` [tokens]."""
@@ -145,7 +142,33 @@ class MedusaHeads(nn.Module):
         return blocks
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def losses_over(
+    projections: nn.ModuleList,
+    number: int,
+    state: Callable[[int], Tensor],
+    loss: Callable[[Sequence[Tensor], Sequence[int], HeadMap], tuple[Tensor, list[Tensor]]],
+) -> tuple[Tensor, list[Tensor]]:
+    """The sum of what `loss` weighs and adds up, and each head's loss without gradient; sums over tokens.
+
+    `state(index)` is what a head projects, `loss(states, heads, head map)` is called for the heads of each projection:
+    for all of them at once where they share one, so that it has one gradient.
+    """
+    if len(projections) < number:
+        states = tuple(state(index) for index in range(number))
+        return projections[0](states, lambda own, head: loss(own, range(number), head))
+    parts, losses = [], []
+    for index, projection in enumerate(projections):
+
+        def compute(states: tuple[Tensor], head: HeadMap, index: int = index) -> tuple[Tensor, list[Tensor]]:
+            return loss(states, [index], head)
+
+        part, own = projection((state(index),), compute)
+        parts.append(part)
+        losses += own
+    return torch.stack(parts).sum(), losses
+
+
+def whole(parameter: Tensor) -> Tensor:
     """A parameter's values, also where DeepSpeed has split it over the ranks. Every rank calls it."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -12,50 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip_model.backbone import Backbone
+from layerskip_model.head_terms import HeadMeasures, HeadTerms, measure
 from layerskip_model.lora import adapters_off
-from layerskip_model.medusa import TOP, MedusaHeads, labels_ahead
+from layerskip_model.medusa import MedusaHeads, labels_ahead
 from layerskip_model.token_loss import (
     IGNORE_INDEX,
     kl_divergence_sum,
-    top_predictions,
     weighted_cross_entropy,
 )
-
-
-@dataclass(frozen=True)
-class MedusaTerms:
-    """What a training forward leaves. Sums over tokens; index 0 is the language model's own term, k head k's.
-
-    Attributes:
-        total: the weighted sum of all terms, with its gradient.
-        losses: each term, without gradient; None for a model that has none of its own.
-        counts: tokens that count in each term, [K + 1].
-    """
-
-    total: Tensor
-    losses: list[Tensor | None]
-    counts: Tensor
-
-
-@dataclass(frozen=True)
-class MedusaMeasures:
-    """What a forward in evaluation leaves, by index as in MedusaTerms; everything a sum over tokens.
-
-    Attributes:
-        losses, top1, top5: cross entropy; right first choices; right tokens among the first five.
-        agreement: of head k at t with the model's own first choice k places on. [0] is nothing.
-        counts: tokens that count in each, [K + 1].
-        accepted: tokens that each place would gain by the chain of first choices, the model's own among them.
-        places: where that chain can be judged to its end.
-    """
-
-    losses: list[Tensor]
-    top1: list[Tensor]
-    top5: list[Tensor]
-    agreement: list[Tensor]
-    counts: Tensor
-    accepted: Tensor
-    places: Tensor
 
 
 class MedusaModel(nn.Module):
@@ -88,18 +51,26 @@ class MedusaModel(nn.Module):
         position_ids: Tensor | None = None,
         *,
         distil: bool = False,
-    ) -> MedusaTerms | MedusaMeasures:
+        features: Tensor | None = None,
+    ) -> HeadTerms | HeadMeasures:
         """The terms of one micro-batch in training, the measurements in evaluation.
 
         `input_ids`, `labels`, `position_ids` [batch, seq] as for `labels_ahead`; `weights` [K + 1] of the terms, the
         model's own first. With `distil` that one is KL(teacher || model), the teacher being the model without its
-        adapters, instead of the cross entropy.
+        adapters, instead of the cross entropy. `features` [batch, seq, hidden] are the final states of a frozen model
+        where they are known already; then it does not run.
         """
         ahead = labels_ahead(labels, self.heads.number, position_ids).flatten(1)  # [K + 1, batch * seq]
-        with torch.no_grad() if self.frozen else nullcontext():
-            hidden = self.backbone.final_states(input_ids, position_ids)  # [batch, seq, hidden]
+        if features is not None:
+            hidden = features.to(self.model.dtype)  # as if the model had run
+        else:
+            with torch.no_grad() if self.frozen else nullcontext():
+                hidden = self.backbone.final_states(input_ids, position_ids)  # [batch, seq, hidden]
         if not self.training:
-            return self._measurements(hidden, ahead)
+            flat = hidden.flatten(0, 1)
+            return measure(
+                self.backbone, hidden, ahead, lambda k, labels: self.heads.predictions(k, flat, labels)
+            )
         losses: list[Tensor | None] = [None]
         total = hidden.new_zeros((), dtype=torch.float32)
         if not self.frozen:
@@ -113,7 +84,7 @@ class MedusaModel(nn.Module):
             hidden.flatten(0, 1).index_select(0, rows), ahead[1:, rows], weights[1:]
         )
         losses = [None if loss is None else loss.detach() for loss in losses]
-        return MedusaTerms(total + of_heads, [*losses, *each], (ahead != IGNORE_INDEX).sum(1))
+        return HeadTerms(total + of_heads, [*losses, *each], (ahead != IGNORE_INDEX).sum(1))
 
     @torch.no_grad()
     def _teacher(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -133,36 +104,4 @@ class MedusaModel(nn.Module):
         counted = labels != IGNORE_INDEX
         return self.backbone.at_head(
             (hidden, teacher), lambda both, head: kl_divergence_sum(both[0], both[1], head, head, counted)
-        )
-
-    def _measurements(self, hidden: Tensor, ahead: Tensor) -> MedusaMeasures:
-        shape, flat = hidden.shape[:2], hidden.flatten(0, 1)
-        counted = ahead != IGNORE_INDEX  # [K + 1, batch * seq]
-        losses, choices, top1, top5 = [], [], [], []
-        for k, labels in enumerate(ahead):
-            if k == 0:
-                nll, best = self.backbone.at_head(
-                    flat, lambda states, head: top_predictions(states, ahead[0], head, TOP)
-                )
-            else:
-                nll, best = self.heads.predictions(k - 1, flat, labels)
-            right = (best == labels[:, None]) & counted[k][:, None]  # [batch * seq, TOP]
-            losses.append(nll.sum())
-            top1.append(right[:, 0].sum())
-            top5.append(right.sum())
-            choices.append(best[:, 0].view(shape))
-        agreed = torch.zeros_like(counted).view(len(ahead), *shape)
-        for k in range(1, min(len(ahead), shape[1])):
-            agreed[k, :, :-k] = choices[k][:, :-k] == choices[0][:, k:]
-        agreed = agreed.flatten(1) & counted
-        fits = counted[1:].all(0)  # [batch * seq]
-        gained = 1 + agreed[1:].to(torch.int64).cumprod(0).sum(0)
-        return MedusaMeasures(
-            losses=losses,
-            top1=top1,
-            top5=top5,
-            agreement=list(agreed.sum(1)),
-            counts=counted.sum(1),
-            accepted=(gained * fits).sum(),
-            places=fits.sum(),
         )

@@ -1,4 +1,4 @@
-"""The lean decoding view of a model: its decoder layers, run one by one over a cache of ours.
+"""The lean decoding view of a model: embed tokens, run its layers one by one, read logits.
 
 There is no fork per model type: what differs between models (attention kinds, windows, rotary tables) is read from
 the model, layers made of Llama's parts are fused, others are called as they are, and the whole is checked against
@@ -7,7 +7,6 @@ the model's own logits when a runner is made.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerskip_model.backbone import Backbone, model_device
-from layerskip_model.context import MASKED, Context, KeyValues, Ragged, Scattered, Span, Tables
+from layerskip_model.context import Context
 from layerskip_model.errors import UserError
-from layerskip_model.formats.huggingface import FLASH_ATTENTION, has_plain_weights
-from layerskip_model.fused_layer import FusedLayer, NotFusible, fast_norm, fuse, signed
+from layerskip_model.formats.huggingface import has_plain_weights
+from layerskip_model.fused_layer import fast_norm
+from layerskip_model.layer_runner import LayerRunner
 
 # The largest difference from the model's own logits that is rounding, relative to the largest logit. Norms
 # and softmaxes compute in float32 in a float64 model too.
@@ -40,85 +40,43 @@ class Forward(NamedTuple):
     states: dict[int, Tensor]
 
 
-class Runner:
+class Runner(LayerRunner):
     """Embed tokens, run any span of layers, read logits: the three steps that decoding is made of.
 
     Attributes:
-        fused: the layers as they are run, where all of them are made of Llama's parts.
-        fixed_shapes: whether drafts should have the same number of rows at every step.
         captures: how many passes were compiled or recorded so far.
         backbone: the model's parts; its `logits` is the one used here.
-        windows: attention kind -> sliding window in tokens, None for full attention.
 
     `fuse=False` leaves the layers' weights where they are, as for a model that goes on training.
     Raises UserError for a model that cannot be run layer by layer, or whose logits then differ from its own.
     """
 
-    fixed_shapes = False
     captures = 0
 
     def __init__(self, model: PreTrainedModel, *, fuse: bool = True) -> None:
-        self.backbone = Backbone(model)
+        backbone = Backbone(model)
+        plain = type(backbone.head) is nn.Linear and not hasattr(backbone.head, "_hf_hook")
+        super().__init__(
+            backbone,
+            list(backbone.layers),
+            *attention_kinds(backbone.config, backbone.num_layers),
+            device=model_device(backbone.embed),
+            dtype=backbone.embed.weight.dtype,  # type: ignore[arg-type]
+            fuse_layers=fuse and plain,
+        )
         self.model = model
-        self.num_layers = self.backbone.num_layers
-        self.vocab_size = self.backbone.vocab_size
-        self.context_length = self.backbone.context_length
-        self.device = model_device(self.backbone.embed)
-        self.dtype: torch.dtype = self.backbone.embed.weight.dtype  # type: ignore[assignment]
-        config = self.backbone.config
-        self.model_type: str = config.model_type
-        self._attention: str = config._attn_implementation
-        if not self.takes_masks and "flash" not in self._attention:  # flash has names in a kernel hub, too
-            raise UserError(
-                f"attn_implementation='{self._attention}' is not known here; load the model with one of "
-                f"{', '.join((*MASKED, *FLASH_ATTENTION))}"
-            )
-        self.kinds, self.windows = attention_kinds(config, self.num_layers)
-        self.fused = self._fused_layers() if fuse else None
+        self.vocab_size = backbone.vocab_size
+        self.context_length = backbone.context_length
+        self.model_type: str = backbone.config.model_type
         self._norm = fast_norm(self.backbone.norm)
         self._head = self.backbone.head_map()
         if self.fused is not None and not fused_layers_agree(self):
             self.fused = None
         check_against_model(self)
 
-    def _fused_layers(self) -> list[FusedLayer] | None:
-        """The layers fused, where all of them can be."""
-        plain = type(self.backbone.head) is nn.Linear and not hasattr(self.backbone.head, "_hf_hook")
-        if (
-            self._attention != "sdpa"
-            or not plain
-            or getattr(self.backbone.config, "attn_logit_softcapping", None)
-        ):
-            return None
-        try:
-            return fuse(self.backbone.layers)
-        except NotFusible:
-            return None
-
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [batch, rows] -> hidden states that enter layer 0, [batch, rows, hidden]."""
         return self.backbone.embed(tokens)
-
-    def run(self, hidden: Tensor, start: int, stop: int, context: Context) -> Tensor:
-        """Run layers start..stop-1. Hidden states [batch, rows, hidden] -> the same shape."""
-        if start == stop:
-            return hidden
-        if self.fused is not None:
-            flat = hidden.flatten(0, 1)  # [batch * rows, hidden]
-            for fused, kind in zip(self.fused[start:stop], self.kinds[start:stop], strict=True):
-                flat = fused(flat, hidden.shape[0], context, kind)
-            return flat.view(hidden.shape)
-        for layer, kind in zip(self.backbone.layers[start:stop], self.kinds[start:stop], strict=True):
-            output = layer(
-                hidden,
-                attention_mask=context.masks[kind],
-                position_ids=context.position if self.takes_masks else None,  # flash looks at their values
-                past_key_values=context.cache,
-                use_cache=True,
-                position_embeddings=context.rotary[kind],
-            )
-            hidden = output if isinstance(output, Tensor) else output[0]
-        return hidden
 
     def forward(
         self,
@@ -139,17 +97,6 @@ class Runner:
         hidden, states = self.run_reading(hidden, start, stop, context, needs)
         return Forward(hidden, self.logits(hidden) if head else None, states)
 
-    def run_reading(
-        self, hidden: Tensor, start: int, stop: int, context: Context, layers: tuple[int, ...]
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """`run`, and the states [batch, rows, hidden] that leave those of `layers` that are run."""
-        states = {}
-        for layer in sorted(set(layers)):
-            if start <= layer < stop:
-                hidden = states[layer] = self.run(hidden, start, layer + 1, context)
-                start = layer + 1
-        return self.run(hidden, start, stop, context), states
-
     def logits(self, hidden: Tensor) -> Tensor:
         """The final norm and the LM head after any layer. [..., hidden] -> [..., vocab]."""
         if self.fused is None:
@@ -160,56 +107,6 @@ class Runner:
         """The final norm alone: what the LM head reads, and drafting heads. [..., hidden] -> the same shape."""
         norm = self.backbone.norm if self.fused is None else self._norm
         return norm(hidden)
-
-    def ragged(self, cache: KeyValues, tables: Tables, begin: Tensor, ahead: Tensor, end: int) -> Ragged:
-        """See `Ragged`. Raises UserError where the model's attention takes no mask."""
-        self._require_masks()
-        return Ragged(cache, tables, begin, ahead, end)
-
-    def scattered(
-        self, cache: KeyValues, tables: Tables, position: Tensor, seen: Tensor, key_position: Tensor
-    ) -> Scattered:
-        """See `Scattered`. Raises UserError where the model's attention takes no mask."""
-        self._require_masks()
-        return Scattered(cache, tables, position, seen, key_position)
-
-    @property
-    def takes_masks(self) -> bool:
-        """Whether the model's attention does: trees and texts of different lengths in one batch need it."""
-        return self._attention in MASKED
-
-    def _require_masks(self) -> None:
-        if not self.takes_masks:
-            raise UserError(
-                f"attn_implementation='{self._attention}' takes no mask, so it decodes neither trees nor texts of "
-                "different lengths in one batch; use sdpa"
-            )
-
-    def span(self, cache: KeyValues, tables: Tables, begin: int, count: int) -> Span:
-        """See `Span`."""
-        return Span(cache, tables, begin, count, self._attention)
-
-    def tables(self, horizon: int, capacity: int) -> Tables:
-        """Positions 0..capacity-1 and their rotary tables.
-
-        Rotary scalings that depend on the length of the text (dynamic, longrope) are those of a text of
-        `horizon` tokens for the whole decode, so that all keys in the cache are alike, whatever the strategy.
-        Positions beyond it are drafted but never emitted, and share the last entry.
-        """
-        rotary_emb = self.backbone.base.rotary_emb
-        position = torch.arange(capacity, device=self.device)[None]
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        types = rotary_emb.rope_type
-        types = set(types.values()) if isinstance(types, dict) else {types}
-        covered = horizon if types & {"dynamic", "longrope"} else capacity
-        per_kind = "layer_type" in inspect.signature(rotary_emb.forward).parameters
-        rotary = {}
-        for kind in self.windows:
-            extra = (kind,) if per_kind else ()
-            cos, sin = rotary_emb(like, position[:, :covered], *extra)
-            tables = _extended(cos, capacity), _extended(sin, capacity)
-            rotary[kind] = tables if self.fused is None else signed(*tables)
-        return Tables(position, rotary, self.dtype, self.windows)
 
 
 def attention_kinds(config: Any, num_layers: int) -> tuple[list[str], dict[str, int | None]]:
@@ -321,9 +218,3 @@ class _Appending:
             keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
         self.layers[layer_idx] = keys, values
         return keys, values
-
-
-def _extended(table: Tensor, capacity: int) -> Tensor:
-    """Repeat the last entry of [1, length, dim] up to [1, capacity, dim]."""
-    missing = capacity - table.shape[1]
-    return torch.cat((table, table[:, -1:].expand(-1, missing, -1)), dim=1) if missing > 0 else table

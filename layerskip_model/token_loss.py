@@ -91,6 +91,29 @@ def kl_divergence_sum(
     return _distillation_sum(hidden, teacher_hidden, head, teacher_head, mask, less_entropy=True)
 
 
+def weighted_kl_divergence(
+    hidden: Iterable[Tensor],
+    weights: Sequence[float],
+    teacher_hidden: Tensor,
+    places: Sequence[Tensor],
+    head: HeadMap,
+    teacher_head: HeadMap,
+) -> tuple[Tensor, list[Tensor]]:
+    """sum_i w_i KL_i over several hidden states and one head, and each KL_i, as :func:`weighted_cross_entropy`.
+
+    Args:
+        hidden, weights, head: as there.
+        teacher_hidden: the teacher's normed hidden states [places, its hidden].
+        places: for each hidden state int64 [tokens], which of them a row's teacher is; ``IGNORE_INDEX`` where the
+            row does not count.
+        teacher_head: the teacher's map to logits, over the same vocabulary.
+    """
+    counted = [_indices(own != IGNORE_INDEX) for own in places]
+    kept = [own[rows] for own, rows in zip(places, counted, strict=True)]
+    targets = [_soft_target(teacher_hidden, own, teacher_head, less_entropy=True) for own in kept]
+    return chunked_sum(hidden, weights, head, counted, targets)
+
+
 @torch.no_grad()
 def predictions(hidden: Tensor, labels: Tensor, head: HeadMap) -> tuple[Tensor, Tensor]:
     """Per token, its loss and the head's first choice, without gradients.
@@ -133,15 +156,21 @@ def _distillation_sum(
 ) -> Tensor:
     """Cross entropy against a teacher, less the teacher's own entropy for the KL divergence."""
     counted = _indices(mask)
+    target = _soft_target(teacher_hidden, counted, teacher_head, less_entropy)
+    return chunked_sum([hidden], [1.0], head, [counted], [target])[0]
+
+
+def _soft_target(hidden: Tensor, places: Tensor, head: HeadMap, less_entropy: bool) -> TargetOf:
+    """The teacher's distributions at `places` of its states, as `chunked_sum` wants them."""
     with torch.no_grad():
-        kept = teacher_hidden.index_select(0, counted)
-        teacher_head = teacher_head.to(matmul_dtype(teacher_hidden))
+        head = head.to(matmul_dtype(hidden))
 
     def target(rows: slice) -> Soft:
-        log_q = F.log_softmax(wide_logits(kept[rows], teacher_head), dim=-1)
-        return Soft(log_q.exp(), log_q, less_entropy)
+        with torch.no_grad():
+            log_q = F.log_softmax(wide_logits(hidden[places[rows]], head), dim=-1)
+            return Soft(log_q.exp(), log_q, less_entropy)
 
-    return chunked_sum([hidden], [1.0], head, [counted], [target])[0]
+    return target
 
 
 def _hard_target(labels: Tensor) -> tuple[Tensor, TargetOf]:

@@ -1,9 +1,9 @@
-"""Decode greedily with vLLM, with a draft model or without: the half of vllm_draft_model.py that vLLM's Python runs.
+"""Decode greedily with vLLM, with drafts or without: vLLM's half of vllm_draft_model.py and vllm_medusa.py.
 
 python vllm_decode.py JOB.json RESULT.json     (needs vLLM and nothing of this repository)
 
-JOB: model (directory or hub name), draft (directory, or null), num_speculations, max_steps, prompts (token ids each).
-RESULT: version; tokens; and with a draft model, for each prompt, drafts (proposals) and accepted (at each position).
+JOB: model (directory or hub name), speculation (a speculative_config, or null), max_steps, prompts (token ids each).
+RESULT: version; tokens; and with drafts, for each prompt, drafts (proposals) and accepted (at each position).
 """
 
 from __future__ import annotations
@@ -25,14 +25,9 @@ ACCEPTED = "vllm:spec_decode_num_accepted_tokens_per_pos"
 def main(job_path: str, result_path: str) -> None:
     """Decode one prompt after another, so that the counters can be read for each."""
     job = json.loads(Path(job_path).read_text())
-    depth = job["num_speculations"]
-    options: dict[str, Any] = {}
-    if job["draft"] is not None:
-        options["speculative_config"] = {
-            "method": "draft_model",
-            "model": job["draft"],
-            "num_speculative_tokens": depth,
-        }
+    speculation = job["speculation"]
+    depth = speculation["num_speculative_tokens"] if speculation else 0
+    options: dict[str, Any] = {"speculative_config": speculation} if speculation else {}
     llm = vllm.LLM(
         model=job["model"],
         dtype="float32",
@@ -58,7 +53,7 @@ def main(job_path: str, result_path: str) -> None:
 def counters(llm: vllm.LLM, depth: int) -> list[int]:
     """Proposals so far, and the drafts accepted at each position."""
     found = {metric.name: metric for metric in llm.get_metrics()}
-    if DRAFTS not in found:  # no draft model
+    if DRAFTS not in found:  # nothing drafts
         return [0] * (1 + depth)
     return [found[DRAFTS].value, *found[ACCEPTED].values]
 

@@ -15,21 +15,15 @@ vLLM wants versions of its own, hence the second environment. For a CPU:
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
-from shutil import which
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
 import typer
 
 from layerskip_model.command_line import flag, run_app
-from layerskip_model.errors import UserError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-VLLM_HALF = Path(__file__).with_name("vllm_decode.py")
 
 
 @app.command()
@@ -44,121 +38,33 @@ def main(
     max_steps: Annotated[int, flag("max_steps", "new tokens a prompt")] = 128,
 ) -> None:
     """Compare the acceptance of the same drafts in vLLM and here."""
-    if which(vllm_python) is None:
-        raise UserError(f"--vllm_python '{vllm_python}' is no program; name the python of vLLM's environment")
-    given = {"exit_layer": exit_layer, "num_speculations": num_speculations}
-    with TemporaryDirectory() as directory:
-        place = Path(directory)
-        job, ours = decode_here(place / "draft", model, run, given, dataset, num_samples, max_steps)
-        plain = decode_in_vllm(vllm_python, place, "without", job | {"draft": None})
-        drafted = decode_in_vllm(vllm_python, place, "with", job)
-    print(*comparison(job, ours, plain, drafted), sep="\n")
-
-
-def decode_here(
-    draft: Path,
-    model: str | None,
-    run: str | None,
-    given: dict[str, int | None],
-    dataset: str,
-    num_samples: int | None,
-    max_steps: int,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write the draft model and decode; the job for vLLM, and what came of it here.
-
-    The latter: tokens, and for each prompt proposals and accepted drafts at each position. Raises UserError.
-    """
-    from eval.decoding.speculate import decode
     from eval.decoding.strategies import make_drafter
     from eval.prompts import dataset_path, encode_prompts, evenly_spaced
     from eval.target import load_target
+    from eval.vllm import Engine, compare
     from layerskip_model.formats.draft_model import export_draft_model
     from layerskip_model.jsonl import read_prompts
 
+    engine = Engine(vllm_python, Path(__file__).with_name("vllm_decode.py"))
+    engine.require()
     target = load_target(model, run, dtype="float32")
     suggested = target.run.suggested if target.run is not None else {}
+    given = {"exit_layer": exit_layer, "num_speculations": num_speculations}
     settings = suggested | {name: value for name, value in given.items() if value is not None}
     drafter = make_drafter("self_speculative", target.runner, **settings)
     prompts = encode_prompts(target, evenly_spaced(read_prompts(dataset_path(target, dataset)), num_samples))
-    export_draft_model(target.name, settings["exit_layer"], draft)
-    found = [
-        decode(
-            target.runner,
-            drafter,
-            [prompt.tokens],
-            max_new_tokens=max_steps,
-            eos_token_ids=target.eos_token_ids,
+    with TemporaryDirectory() as draft:
+        export_draft_model(target.name, settings["exit_layer"], Path(draft))
+        speculation = {
+            "method": "draft_model",
+            "model": draft,
+            "num_speculative_tokens": settings["num_speculations"],
+        }
+        words = ("self_speculative", "the draft model")
+        found = compare(
+            engine, target, drafter, prompts, speculation=speculation, words=words, max_steps=max_steps
         )
-        for prompt in prompts
-    ]
-    depth = settings["num_speculations"]
-    ours = {
-        "tokens": [row.tokens for (row,) in found],
-        "proposals": [padded(row.proposals_at, depth) for (row,) in found],
-        "accepted": [padded(row.accepted_at, depth) for (row,) in found],
-    }
-    job = {
-        "model": target.name,
-        "draft": str(draft),
-        "exit_layer": settings["exit_layer"],
-        "num_speculations": depth,
-        "max_steps": max_steps,
-        "prompts": [prompt.tokens for prompt in prompts],
-    }
-    return job, ours
-
-
-def padded(counts: list[int], depth: int) -> list[int]:
-    """A count for each position: a short text has no proposals at the last ones."""
-    return counts + [0] * (depth - len(counts))
-
-
-def decode_in_vllm(python: str, place: Path, name: str, job: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM makes of a job. Raises UserError where it fails, with its last words."""
-    job_path, result_path = place / f"{name}-job.json", place / f"{name}.json"
-    job_path.write_text(json.dumps(job) + "\n")
-    command = [python, str(VLLM_HALF), str(job_path), str(result_path)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    if done.returncode != 0:
-        last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
-        raise UserError(f"--vllm_python '{python}': vLLM {name} draft model failed ({last})")
-    return json.loads(result_path.read_text())
-
-
-def comparison(
-    job: dict[str, Any], ours: dict[str, Any], plain: dict[str, Any], drafted: dict[str, Any]
-) -> list[str]:
-    """The table, and how many outputs are equal."""
-    from eval.statistics import bootstrap_interval
-
-    def share(accepted: np.ndarray, proposals: np.ndarray) -> np.ndarray:
-        return accepted.sum(axis=-1) / np.maximum(proposals.sum(axis=-1), 1)
-
-    def difference(a: np.ndarray, b: np.ndarray, c: np.ndarray, d: np.ndarray) -> np.ndarray:
-        return share(a, b) - share(c, d)
-
-    version = f"vLLM {drafted['version']}"
-    lines = [f"{'position':<10}{version:<22}{'self_speculative':<22}difference"]
-    for position in range(job["num_speculations"]):
-        theirs = [row[position] for row in drafted["accepted"]], drafted["drafts"]
-        mine = [[row[position] for row in ours[name]] for name in ("accepted", "proposals")]
-        estimates = [
-            bootstrap_interval(share, *theirs),
-            bootstrap_interval(share, *mine),
-            bootstrap_interval(difference, *theirs, *mine),
-        ]
-        cells = [f"{e.value:.3f} [{e.low:.3f},{e.high:.3f}]" for e in estimates]
-        lines.append(f"{position + 1:<10}{cells[0]:<22}{cells[1]:<22}{cells[2]}")
-    count = len(job["prompts"])
-    same = sum(a == b for a, b in zip(plain["tokens"], drafted["tokens"], strict=True))
-    here = sum(a == b for a, b in zip(plain["tokens"], ours["tokens"], strict=True))
-    return [
-        *lines,
-        f"vLLM's output with the draft model is its output without: {same} of {count} prompts",
-        f"vLLM's output without is the output here: {here} of {count} prompts",
-    ]
+    print(*found, sep="\n")
 
 
 if __name__ == "__main__":

@@ -53,9 +53,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def workplace(recipe: str) -> Path:
-    """A folder in which `runs/quickstart/layerskip` is a finished run."""
+    """A folder in which `runs/quickstart/layerskip` and `runs/quickstart/medusa` are finished runs."""
     place = Path(recipe).parent
     run(f"python -m train {recipe} output_dir=runs/quickstart/layerskip", place)
+    heads = f"{ROOT}/recipes/quickstart/medusa.yaml max_steps=2 schedule.warmup_steps=0 evaluate.sequences=4"
+    data = f'{{train: [{{kind: text, files: ["{place}/*.txt"]}}], heldout: 0.3}}'
+    run(f"python -m train {heads} batch.length=32 'data={data}'", place)
     return place
 
 
@@ -75,6 +78,10 @@ def test_the_evaluation_commands(workplace: Path) -> None:
         small = command.replace("facebook/layerskip-llama3.2-1B", export).replace("DIR_OR_HUB_NAME", export)
         small = re.sub(r"--num_samples \d+", "--num_samples 2", small)
         small = re.sub(r"--max_steps \d+", "--max_steps 6", small)
+        if " tree " in small:
+            small += " --num_samples 2 --max_steps 6 --max_nodes 4"
+        if "medusa" in small and " benchmark " in small:
+            small += " --num_samples 1 --max_steps 6"
         if " correctness " in small:
             small += " --num_samples 1 --max_steps 6"
             small = small.replace("--distribution", "--distribution --draws 1000")
@@ -84,9 +91,11 @@ def test_the_evaluation_commands(workplace: Path) -> None:
 
 
 def test_the_export_for_other_engines(workplace: Path) -> None:
-    (command,) = commands("python -m layerskip_model.formats")
-    assert "first 2 of 16 layers" in run(command, workplace)
+    draft_model, heads = commands("python -m layerskip_model.formats")
+    assert "first 2 of 16 layers" in run(draft_model, workplace)
     assert (workplace / "draft/config.json").is_file()
+    assert "vllm serve" in run(heads, workplace)
+    assert (workplace / "heads-for-vllm/config.json").is_file()
 
 
 def test_the_training_command_with_overrides(recipe: str) -> None:

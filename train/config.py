@@ -68,7 +68,7 @@ class DecodeConfig(Section):
 
     prompts: int = Field(4, ge=1, description="held-out prompts")
     new_tokens: int = Field(64, ge=2, description="tokens a prompt")
-    num_speculations: int = Field(4, ge=1, description="drafts a verification")
+    num_speculations: int = Field(4, ge=1, description="drafts a verification; of heads at most one each")
     exit_layer: int | None = Field(
         None, ge=1, description="exit that drafts; default: the best for the text that the model writes"
     )
@@ -82,6 +82,17 @@ class EvaluateConfig(Section):
     decode: DecodeConfig | None = Field(
         None,
         description="decode at every checkpoint; default: only at the end, for the suggestion in run.json",
+    )
+
+
+class FeaturesConfig(Section):
+    """The frozen model's states computed once, before the training, and kept for other runs too."""
+
+    cache: str = Field(
+        min_length=1, description="the directory that keeps them; one model's, of one data section and length"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="they are rounded to it; lossless where model.dtype is the same"
     )
 
 
@@ -99,6 +110,9 @@ class Recipe(Section, Generic[O]):
     batch: BatchConfig
     model: ModelConfig
     data: DataConfig
+    features: FeaturesConfig | None = Field(
+        None, description="default: a frozen model runs in every step anew"
+    )
     objective: SerializeAsAny[O] = Field(description="the method; see its kinds")
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -141,6 +155,15 @@ class Recipe(Section, Generic[O]):
             raise ValueError(
                 "optimizer.kind: muon orthogonalises the update of a whole matrix, and model.lora trains only "
                 "factors of one; use adamw"
+            )
+        if self.features is not None and not is_frozen:
+            raise ValueError(
+                "features: what the model computes is kept only where the model stays as it is, and this objective "
+                "trains it; leave the section out"
+            )
+        if self.features is not None and any(source.streaming for source in self.data.train):
+            raise ValueError(
+                "features: a source has streaming: true, and only rows on disk have features; set streaming: false"
             )
         context = (self.model.config or {}).get("max_position_embeddings")
         if isinstance(context, int) and self.batch.length > context:

@@ -13,11 +13,10 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eval.decoding import speculate
 from eval.decoding.speculate import Generation
 from eval.decoding.strategies import make_drafter
 from eval.prompts import evenly_spaced
-from eval.replay import OwnText
+from eval.replay import OwnText, continued
 from eval.target import Target
 from layerskip_model.errors import UserError
 from layerskip_model.formats.huggingface import FLASH_ATTENTION, load_model, no_progress_bar
@@ -51,7 +50,7 @@ def decode(run: Run, done: int) -> dict[str, float]:
         try:
             written = write(run, target, config)
             best = run.objective.suggestion({}, written, given)
-            drafted = generate(target, best, written.prompts, config.new_tokens)
+            drafted = written.decoded(run.objective.drafter(best, target.runner))
         except CANNOT as error:
             run.log.say(f"not decoded after step {done}: {error}")
             return {}
@@ -59,9 +58,8 @@ def decode(run: Run, done: int) -> dict[str, float]:
         run.log.say(f"nothing drafted after step {done}: every answer ended with its first token")
         return {}
     numbers = summarize(written.texts, drafted) | {"predicted_speedup": best["predicted_speedup"]}
-    told = " ".join(f"{name} {value}" for name, value in best["settings"].items())
     values = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in numbers.items())
-    run.log.say(f"decoded after step {done}: {best['strategy']} {told}: {values}")
+    run.log.say(f"decoded after step {done}: {in_words(best)}: {values}")
     if numbers["equal_tokens"] < 1.0:
         run.log.say("drafting changed what is written, which only ties that rounding decides may explain")
     return {f"decode/{name}": float(value) for name, value in (numbers | best["settings"]).items()}
@@ -89,29 +87,22 @@ def write(run: Run, target: Target, config: DecodeConfig) -> OwnText:
     longest = max(1, context - config.new_tokens)
     chosen = evenly_spaced(rows, min(config.prompts, len(rows)))
     prompts = [target.encode_row(row)[-longest:] for row in chosen]
-    plain = {"strategy": "autoregressive", "settings": {}}
-    generations = generate(target, plain, prompts, config.new_tokens)
+    plain = make_drafter("autoregressive", target.runner)
+    generations = continued(target.runner, plain, prompts, config.new_tokens, target.eos_token_ids)
     return OwnText(
         target.runner,
         prompts,
         texts=[generation.tokens for generation in generations],
         ended=[generation.finish_reason == "eos" for generation in generations],
+        eos_token_ids=target.eos_token_ids,
     )
 
 
-def generate(
-    target: Target, suggestion: dict[str, Any], prompts: list[list[int]], new_tokens: int
-) -> list[Generation]:
-    """Decode greedily with a strategy, in one batch where the model's attention allows. Raises UserError."""
-    drafter = make_drafter(suggestion["strategy"], target.runner, **suggestion["settings"])
-    batches = [prompts] if target.runner.takes_masks else [[prompt] for prompt in prompts]
-    return [
-        generation
-        for batch in batches
-        for generation in speculate.decode(
-            target.runner, drafter, batch, max_new_tokens=new_tokens, eos_token_ids=target.eos_token_ids
-        )
-    ]
+def in_words(suggestion: dict[str, Any]) -> str:
+    """A suggested strategy and its settings."""
+    return " ".join(
+        [suggestion["strategy"], *(f"{name} {value}" for name, value in suggestion["settings"].items())]
+    )
 
 
 def summarize(texts: list[list[int]], drafted: list[Generation]) -> dict[str, float]:
@@ -133,6 +124,13 @@ def summarize(texts: list[list[int]], drafted: list[Generation]) -> dict[str, fl
     }
 
 
+def gain_in_words(suggestion: dict[str, Any]) -> str:
+    """What a suggested strategy gained where it was decoded with, to follow in a sentence; else nothing."""
+    if "acceptance_length" not in suggestion:
+        return ""
+    return f"; {in_words(suggestion)}: {suggestion['acceptance_length']:.2f} tokens a forward on held-out prompts"
+
+
 @contextmanager
 def target_in_training(run: Run) -> Iterator[Target | None]:
     """The model to decode with, on the main process; None elsewhere, and where there is none. All ranks enter.
@@ -152,6 +150,8 @@ def target_in_training(run: Run) -> Iterator[Target | None]:
 def _target(run: Run) -> Target | None:
     model = run.objective.decodable()
     try:
+        if model is not None and not run.engine.is_whole and run.objective.exported_heads() is not None:
+            raise UserError(f"its heads are sharded ({run.engine.name}); benchmark the run when it is done")
         if model is not None and not run.engine.is_whole:
             state = _whole_state(run)
             model = None if state is None else _copy(run, state)

@@ -16,6 +16,7 @@ from layerskip_model.errors import UserError
 from train.config import Recipe
 from train.data.batches import cut_for_rank
 from train.data.tokenizer import load_tokenizer
+from train.features import size_lines
 from train.memory import ENGINES, Estimate, Needs, estimate
 from train.model import check_fits, mixed_precision, outline_model, tokenizer_config
 from train.model_config import ModelConfig
@@ -45,7 +46,9 @@ def dry_run(recipe: Recipe[Any], ranks: int, console: Console) -> None:
     )
     _print(console, "Model", parameter_table(model))
     _print(console, "Optimizer", group_table(recipe, objective))
-    _print(console, "Run", "\n".join([*length_lines(recipe, total, ranks), *data_lines(recipe)]))
+    known = drawn if total else recipe  # how many steps there are
+    lines = [*length_lines(recipe, total, ranks), *data_lines(recipe), *size_lines(known, objective)]
+    _print(console, "Run", "\n".join(lines))
     _print(console, "Memory of a rank (estimate)", memory_table(memory_rows(drawn, objective, model, ranks)))
     console.print(Text(memory_note(recipe, ranks)))
     shades = SHADES if console.encoding.lower().startswith("utf") else PLAIN_SHADES

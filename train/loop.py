@@ -16,8 +16,9 @@ from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from train.config import Recipe
 from train.data.stream_rows import StreamState
 from train.data.streams import SourceLost
-from train.drafting import decode, suggest
+from train.drafting import decode, gain_in_words, suggest
 from train.evaluation import evaluate, to_device
+from train.features import add_features
 from train.metrics import MetricSums, all_sum
 from train.model import export_dtype
 from train.objectives.base import Batch
@@ -52,6 +53,7 @@ def train(recipe: Recipe[Any], *, fresh: bool = False) -> Path:
         return directory
     run = set_up(recipe, directory, state)
     try:
+        add_features(run)
         fit(run)
         finish(run)
     finally:
@@ -219,7 +221,8 @@ def finish(run: Run) -> None:
             },
             heads=run.objective.exported_heads(),
         )
-        run.log.say(f"exported to {run.directory / EXPORT_NAME}, {megabytes(run.directory / EXPORT_NAME)}")
+        place, gain = run.directory / EXPORT_NAME, gain_in_words(suggestion)
+        run.log.say(f"exported to {place}, {megabytes(place)}{gain}")
     run.accelerator.wait_for_everyone()
 
 

@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "evaluate",
     "batch.micro",
     "data.cache_dir",
+    "features.cache",
     "model.activation_checkpointing",
 )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from eval.decoding.cache import Cache, SlotView, SpanView
 from layerskip_model.context import Context, Ragged, Span, Tables
 from layerskip_model.errors import UserError
+from layerskip_model.layer_runner import LayerRunner
 from layerskip_model.runner import Forward, Runner
 
 BUCKET = 256  # slots
@@ -35,7 +36,7 @@ def captured(runner: Runner) -> Runner:
     return GraphRunner(runner) if runner.device.type == "cuda" else CompiledRunner(runner)
 
 
-def new_cache(runner: Runner, batch: int, capacity: int) -> Cache:
+def new_cache(runner: LayerRunner, batch: int, capacity: int) -> Cache:
     """The cache of a decode on this runner."""
     if isinstance(runner, _Capturing):
         return runner.kept_cache(batch, capacity)

@@ -202,7 +202,7 @@ def prefill(state: State, drafter: Drafter, prompts: list[list[int]]) -> tuple[T
     Returns the logits of those roots, [batch, 1, vocab], and the states needed. Shorter prompts are padded on
     the right: nothing before the padding sees it, and it is overwritten later.
     """
-    runner = state.runner
+    runner = drafter.runner
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts]).to(runner.device)
@@ -218,7 +218,7 @@ def prefill(state: State, drafter: Drafter, prompts: list[list[int]]) -> tuple[T
 def verify(state: State, drafter: Drafter, draft: Draft) -> tuple[Tensor, dict[int, Tensor]]:
     """Run the target over a draft. Returns logits [batch, n, vocab] and the states that the drafter needs."""
     assert draft.span <= drafter.max_nodes, "a draft is larger than its drafter's max_nodes"
-    runner = state.runner
+    runner = drafter.runner
     context = state.context(draft)
     inputs = draft.tokens if draft.hidden is None else draft.hidden  # [batch, n] or [batch, n, hidden]
     result = runner.forward(inputs, draft.entry_layer, drafter.depth, context, needs=drafter.needs)

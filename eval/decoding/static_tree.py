@@ -122,8 +122,9 @@ class Layout:
         inner: nodes of each level that have children; of the last one none.
         parents, level: [1, n].
         visible: who is an ancestor of whom, oneself included, [1, n, n].
-        rank: of each node but the root, [n - 1]; parent_inner: which of the inner nodes of the level above its
-            parent is, [n - 1].
+        rank: of each node but the root, [n - 1].
+        path_to_inner: level -> the nodes on the way from the root to each of its inner nodes, itself included,
+            [inner, level + 1].
     """
 
     def __init__(self, shape: TreeShape, device: torch.device) -> None:
@@ -143,13 +144,20 @@ class Layout:
         self.level = torch.tensor([[len(path) for path in order]], device=device)
         self.visible = ancestor_mask(self.parents)
         self.rank = torch.tensor([path[-1] for path in order[1:]], device=device)
-        self.parent_inner = torch.tensor(
-            [
-                parent - first_inner[len(path) - 1]
-                for parent, path in zip(parents[1:], order[1:], strict=True)
-            ],
-            device=device,
-        )
+        # Where a node's token stands among the best `width` tokens after each inner node, and after each level.
+        self._widths = [1 + max(path[-1] for path in level) for level in levels[1:]]
+        self._after_inner = [
+            torch.tensor(
+                [(number[path[:-1]] - first_inner[depth]) * width + path[-1] for path in level], device=device
+            )
+            for depth, (width, level) in enumerate(zip(self._widths, levels[1:], strict=True))
+        ]
+        self._after_level = (self.level[0, 1:] - 1) * shape.width + self.rank
+        ways = [
+            [[number[path[:end]] for end in range(len(path) + 1)] for path in level if path in has_children]
+            for level in levels[:-1]
+        ]
+        self.path_to_inner = [torch.tensor(way, device=device) for way in ways]
 
     @cached_property
     def depth(self) -> int:
@@ -163,9 +171,15 @@ class Layout:
     def children(self, level: int, preferences: Tensor) -> Tensor:
         """The tokens of the next level's nodes, by what is preferred after the inner nodes of `level`.
 
-        preferences [batch, inner nodes or 1 for all of them, vocab] -> [batch, nodes of level + 1].
+        preferences [batch, inner nodes, vocab] -> [batch, nodes of level + 1].
         """
-        now = slice(self.nodes(level) - 1, self.nodes(level + 1) - 1)
-        best = preferences.topk(self.shape.width, dim=-1).indices  # [batch, inner or 1, width]
-        parents = self.parent_inner[now] if preferences.shape[1] > 1 else self.parent_inner[now] * 0
-        return best[:, parents, self.rank[now]]
+        best = preferences.topk(self._widths[level], dim=-1).indices  # [batch, inner, width]
+        return best.flatten(1)[:, self._after_inner[level]]
+
+    def descendants(self, preferences: Tensor) -> Tensor:
+        """The tokens of all nodes below the root, where what is preferred depends on nothing but the level.
+
+        preferences [batch, depth, vocab], after each level from 0 on -> [batch, nodes(depth) - 1].
+        """
+        best = preferences.topk(self.shape.width, dim=-1).indices  # [batch, depth, width]
+        return best.flatten(1)[:, self._after_level[: self.nodes(preferences.shape[1]) - 1]]

@@ -6,6 +6,7 @@ from typing import Any
 
 from eval.decoding.drafters.autoregressive import Autoregressive
 from eval.decoding.drafters.base import Drafter
+from eval.decoding.drafters.hydra import Hydra
 from eval.decoding.drafters.lookahead import Lookahead
 from eval.decoding.drafters.medusa import Medusa
 from eval.decoding.drafters.prompt_lookup import PromptLookup
@@ -22,6 +23,7 @@ STRATEGIES: dict[str, type[Drafter]] = {
     "prompt_lookup": PromptLookup,
     "lookahead": Lookahead,
     "medusa": Medusa,
+    "hydra": Hydra,
 }
 ALIASES = {"greedy": "autoregressive"}
 

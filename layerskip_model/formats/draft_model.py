@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from layerskip_model.backbone import Backbone
 from layerskip_model.errors import UserError
-from layerskip_model.formats.huggingface import load_config, load_model, no_progress_bar, one_line
+from layerskip_model.formats.hub import hub_files
+from layerskip_model.formats.huggingface import load_config, load_model, no_progress_bar, outline
 
 # What lies beside the weights and the configuration, as patterns of file names: it is the whole model's.
 COPIED = (
@@ -61,7 +61,7 @@ def export_draft_model(model: str, exit_layer: int, directory: Path) -> DraftExp
             f"model '{model}' is stored quantized, in a form that only its engine reads; "
             "name the checkpoint that it was quantized from"
         )
-    whole = _outline(model, whole_config)
+    whole = outline(model, whole_config)
     if not 1 <= exit_layer < whole.num_layers:
         raise UserError(
             f"--exit_layer {exit_layer}: the model has {whole.num_layers} layers; "
@@ -70,12 +70,12 @@ def export_draft_model(model: str, exit_layer: int, directory: Path) -> DraftExp
             else f"model '{model}' has one layer only, and a draft model takes fewer than all"
         )
     config = first_layers(whole_config, exit_layer)
-    _require_same_layers(whole, _outline(model, config))
+    _require_same_layers(whole, outline(model, config))
     draft = load_model(model, dtype="auto", config=config)
     draft.generation_config = GenerationConfig.from_model_config(draft.config)  # a stored one is copied below
     with no_progress_bar():
         draft.save_pretrained(directory)
-    _copy_files(model, directory)
+    copy_files(model, directory)
     parameters = list(draft.parameters())
     return DraftExport(
         exit_layer,
@@ -98,17 +98,6 @@ def first_layers(config: PreTrainedConfig, depth: int) -> PreTrainedConfig:
     return shallow
 
 
-def _outline(model: str, config: PreTrainedConfig) -> Backbone:
-    """The model without any weights."""
-    try:
-        with torch.device("meta"):
-            return Backbone(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
-    except UserError:
-        raise
-    except Exception as error:  # whatever a configuration's model class makes of it
-        raise UserError(f"model '{model}' is no decoder-only language model ({one_line(error)})") from error
-
-
 def _require_same_layers(whole: Backbone, draft: Backbone) -> None:
     """Refuse a model whose layers are built otherwise in a shallower one, scaled by the depth, say."""
     for number, (ours, theirs) in enumerate(zip(draft.layers, whole.layers, strict=False), start=1):
@@ -129,11 +118,11 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return plain | {"class": type(module).__name__}
 
 
-def _copy_files(model: str, directory: Path) -> None:
-    """Tokenizer, chat template and generation settings, byte by byte."""
+def copy_files(model: str, directory: Path) -> None:
+    """Tokenizer, chat template and generation settings of a checkpoint, byte by byte."""
     source = Path(model)
     if not source.is_dir():
-        source = Path(snapshot_download(model, allow_patterns=list(COPIED)))
+        source = hub_files(f"model '{model}'", model, COPIED)
     for pattern in COPIED:
         for path in source.glob(pattern):
             if path.is_file():

@@ -15,8 +15,13 @@ BLOCK = 1 << 24
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """SHA-256 over a checkpoint's weight files. Reads all of them: about a second a gigabyte."""
+    """SHA-256 over a checkpoint's weight files. Reads all of them: about a second a gigabyte.
+
+    Raises UserError where there are none.
+    """
     files = next((found for pattern in WEIGHTS if (found := sorted(checkpoint.glob(pattern)))), [])
+    if not files:
+        raise UserError(f"model '{checkpoint}': there are no weights in it; download or save them first")
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

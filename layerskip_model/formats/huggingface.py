@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -26,8 +26,9 @@ from transformers import (
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging as transformers_logging
 
-from layerskip_model.backbone import has_values
+from layerskip_model.backbone import Backbone, has_values
 from layerskip_model.errors import UserError
+from layerskip_model.formats.hub import hub_refusal, is_hub_name
 
 DTYPES = {
     "float64": torch.float64,
@@ -98,6 +99,22 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name_or_path)
     except Exception as error:  # the parser of configurations raises whatever it likes
         raise _cannot_load(name_or_path, "cannot be loaded", error) from error
+
+
+def outline(name_or_path: str, config: PreTrainedConfig) -> Backbone:
+    """The model of a configuration without any weights, on the meta device.
+
+    Raises UserError, which calls it `name_or_path`, for one that is no decoder.
+    """
+    try:
+        with torch.device("meta"):
+            return Backbone(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+    except UserError:
+        raise
+    except Exception as error:  # whatever a configuration's model class makes of it
+        raise UserError(
+            f"model '{name_or_path}' is no decoder-only language model ({one_line(error)})"
+        ) from error
 
 
 def has_plain_weights(model: PreTrainedModel) -> bool:
@@ -206,7 +223,7 @@ def _require_checkpoint(name_or_path: str) -> None:
         inner = [child.name for child in sorted(path.iterdir()) if (child / "config.json").is_file()]
         fix = f"; did you mean '{path / inner[0]}'?" if inner else ""
         raise UserError(f"model '{name_or_path}' is not a checkpoint: it has no config.json{fix}")
-    if not path.exists() and (name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~"))):
+    if not path.exists() and not is_hub_name(name_or_path):
         raise UserError(
             f"model '{name_or_path}': no such directory, and not a hub name of the form owner/name"
         )
@@ -251,21 +268,8 @@ def _require_known_keys(settings: dict[str, Any], kind: str) -> None:
 
 def _cannot_load(name_or_path: str, what: str, error: BaseException) -> UserError:
     """The error for a model that could not be loaded, or not be reached."""
-    if _is_unreachable(error):
-        return UserError(
-            f"model '{name_or_path}': no such directory, not in the local cache, and the hub could not be reached; "
-            "check the name, the connection and HF_HUB_OFFLINE"
-        )
-    return UserError(f"model '{name_or_path}' {what} ({one_line(error)})")
-
-
-def _is_unreachable(error: BaseException | None) -> bool:
-    """Whether a failed connection to the hub, or being told not to make one, is among the causes."""
-    while error is not None:
-        if isinstance(error, LocalEntryNotFoundError | ConnectionError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    where = f"model '{name_or_path}'"
+    return hub_refusal(where, error) or UserError(f"{where} {what} ({one_line(error)})")
 
 
 @contextmanager

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from eval.__main__ import app
 from eval.target import Target, load_target
+from layerskip_model.command_line import run_app
+
+Answer = tuple[int, str, str]
 
 RECIPE = """
 output_dir: {run}
@@ -38,6 +42,19 @@ log: {{every: 8}}
 evaluate: {{every: 12}}
 """
 
+HEADS_RECIPE = """
+output_dir: {run}
+max_steps: 12
+batch: {{sequences: 8, length: 32}}
+model: {{name_or_path: {base}}}
+data:
+  train: [{{kind: text, files: ["{texts}/train-*.txt"]}}]
+  heldout: [{{kind: text, files: ["{texts}/heldout-*.txt"]}}]
+objective: {{kind: medusa, heads: 3}}
+optimizer: {{kind: adamw, lr: 0.01}}
+log: {{every: 6}}
+"""
+
 
 def story(number: int, lines: int) -> str:
     """Text that is easy to continue, with some characters of several bytes."""
@@ -55,10 +72,24 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(count):
             (place / f"{name}-{number}.txt").write_text(story(number, lines), encoding="utf-8")
     run = place / "run"
-    (place / "recipe.yaml").write_text(RECIPE.format(run=run, texts=place))
-    command = [sys.executable, "-m", "train", str(place / "recipe.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    trained(place / "recipe.yaml", RECIPE.format(run=run, texts=place))
+    return run
+
+
+def trained(path: Path, recipe: str) -> str:
+    """Train a recipe by the program; what it said."""
+    path.write_text(recipe)
+    result = subprocess.run([sys.executable, "-m", "train", str(path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="session")
+def heads_run(finished_run: Path) -> Path:
+    """The output directory of a real, short training of Medusa heads for that run's model."""
+    run = finished_run.parent / "heads"
+    recipe = HEADS_RECIPE.format(run=run, base=finished_run / "export", texts=finished_run.parent)
+    trained(finished_run.parent / "heads.yaml", recipe)
     return run
 
 
@@ -83,3 +114,17 @@ def run_without(finished_run: Path, tmp_path: Path) -> Callable[..., Path]:
         return copy
 
     return make
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Run a command in this process: exit status, standard output, standard error."""
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["eval", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            run_app(app, "python -m eval")
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run

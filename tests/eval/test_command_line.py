@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from eval.__main__ import app
 from eval.command_line import output_directory
 from eval.results import Report
-from layerskip_model.command_line import run_app
 from layerskip_model.errors import UserError
+from tests.eval.conftest import Answer
 
 PROMPT = "def anna_1(value):\n"
 
@@ -147,23 +146,6 @@ def test_help_does_not_load_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "False\n")
     for command in ("generate", "benchmark", "correctness", "exits"):
         assert command in done.stdout
-
-
-Answer = tuple[int, str, str]
-
-
-@pytest.fixture
-def answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """Run a command in this process: exit status, standard output, standard error."""
-
-    def run(*arguments: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["eval", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            run_app(app, "python -m eval")
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -3,106 +3,78 @@
 from __future__ import annotations
 
 import json
-import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from eval.decoding.strategies import make_drafter
+from eval.prompts import Prompt
+from eval.target import Target
+from eval.vllm import Counted, Engine, decode_here, table, within
 from layerskip_model.errors import UserError
 from layerskip_model.formats.draft_model import export_draft_model
 from layerskip_model.formats.huggingface import load_tokenizer
-from tests.tiny_models import tiny_model
-
-ROOT = Path(__file__).parent.parent.parent
-SCRIPTS = ROOT / "scripts"
-VLLM_PYTHON = os.environ.get("VLLM_PYTHON")  # vLLM wants another torch, so an environment of its own
-PRETENDED = '''
-"""A vLLM without a draft model's help, which says what job it got."""
-import json, os, sys
-
-class SamplingParams:
-    def __init__(self, temperature, max_tokens):
-        assert temperature == 0.0
-        self.max_tokens = max_tokens
-
-class Row:
-    pass
-
-class Counter:
-    def __init__(self, name, value):
-        self.name, self.value, self.values = name, value, value
-
-class LLM:
-    def __init__(self, model, speculative_config=None, **options):
-        self.speculation, self.drafts = speculative_config, 0
-        if speculative_config:
-            config = json.load(open(os.path.join(speculative_config["model"], "config.json")))
-            assert config["num_hidden_layers"] == 2, config
-            assert speculative_config["method"] == "draft_model"
-
-    def generate(self, prompts, params, use_tqdm):
-        self.drafts += 2
-        output, request = Row(), Row()
-        output.token_ids = [1] * params.max_tokens
-        request.outputs = [output]
-        return [request]
-
-    def get_metrics(self):
-        if self.speculation is None:
-            return []
-        n = self.speculation["num_speculative_tokens"]
-        return [
-            Counter("vllm:spec_decode_num_drafts", self.drafts),
-            Counter("vllm:spec_decode_num_accepted_tokens_per_pos", [self.drafts // 2] + [0] * (n - 1)),
-        ]
-
-__version__ = "0.0"
-'''
+from layerskip_model.runner import Runner
+from tests.eval.pretended_vllm import SCRIPTS, VLLM_PYTHON, needs_vllm, pretend, script
+from tests.tiny_models import agreeing_model, tiny_model
 
 
-def script(run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / "vllm_draft_model.py"), "--run", str(run), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-@pytest.fixture
-def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A `vllm` that scripts find: its file, to be changed."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{tmp_path}")
-    (tmp_path / "vllm.py").write_text(PRETENDED)
-    return tmp_path / "vllm.py"
-
-
-def test_the_table(finished_run: Path, pretended: Path) -> None:
+def test_the_table(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(tmp_path, monkeypatch, method="draft_model", num_hidden_layers=2)
     small = ["--num_samples", "2", "--max_steps", "12", "--num_speculations", "3", "--exit_layer", "2"]
-    done = script(finished_run, "--vllm_python", sys.executable, *small)
+    done = script("vllm_draft_model.py", "--run", str(finished_run), "--vllm_python", sys.executable, *small)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()[-6:]  # DeepSpeed, where it is installed, speaks when it is imported
     assert lines[0].split() == ["position", "vLLM", "0.0", "self_speculative", "difference"]
     assert lines[1].startswith("1         0.500 [0.500,0.500]   ")
     assert [line.split()[1] for line in lines[2:4]] == ["0.000", "0.000"]
-    assert lines[4].endswith(": 2 of 2 prompts")  # it says the same with the draft model as without
-    assert lines[5].endswith(": 0 of 2 prompts")
+    assert lines[4] == "vLLM's output with the draft model is its output without: 2 of 2 prompts"
+    assert lines[5] == "vLLM's output without is the output here: 0 of 2 prompts"
 
 
-def test_a_vllm_that_fails_or_is_not_there(finished_run: Path, pretended: Path) -> None:
-    pretended.write_text("raise ImportError('built for another torch')")
-    decode_in_vllm = runpy.run_path(str(SCRIPTS / "vllm_draft_model.py"))["decode_in_vllm"]
-    with pytest.raises(
-        UserError, match=r"without draft model failed \(ImportError: built for another torch\)"
-    ):
-        decode_in_vllm(sys.executable, pretended.parent, "without", {})
-    done = script(finished_run, "--vllm_python", "/no/python")
+def test_a_vllm_that_fails_or_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("raise ImportError('built for another torch')")
+    with pytest.raises(UserError, match=r"without drafts failed \(ImportError: built for another torch\)"):
+        Engine(sys.executable, tmp_path / "fails.py").run("without drafts", {})
+    done = script("vllm_draft_model.py", "--vllm_python", "/no/python")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --vllm_python '/no/python' is no program")
 
 
-@pytest.mark.skipif(VLLM_PYTHON is None, reason="VLLM_PYTHON names no Python of an environment with vLLM")
+def test_rounds_that_begin_within_the_limit_are_counted() -> None:
+    """The prompt's own forward gives the first token, so that the rounds begin with 1, 4, 5 and 9."""
+    won = [3, 1, 4, 2]
+    assert within(won, 12) == won
+    assert within(won, 9) == [3, 1, 4]
+    assert within(won, 5) == [3, 1]
+    assert within(won, 1) == []
+
+
+def test_proposals_at_the_end_are_whole_as_in_vllm() -> None:
+    """Every draft is accepted, so that rounds begin with 1 and 5 tokens, and the last one has room for one more."""
+    runner = Runner(agreeing_model(layers=2, scale=0.0))
+    drafter = make_drafter("self_speculative", runner, exit_layer=2, num_speculations=3)
+    target = cast(Target, SimpleNamespace(runner=runner, eos_token_ids=[]))
+    found = decode_here(target, drafter, [Prompt(0, "", [5, 6, 7])], 3, 6)
+    assert (len(found.tokens[0]), found.proposals, found.accepted) == (6, [[2, 2, 2]], [[2, 2, 2]])
+
+
+def test_shares_are_over_all_prompts() -> None:
+    theirs = Counted([[]] * 2, [[4, 4], [2, 2]], [[2, 1], [1, 0]])
+    ours = Counted([[]] * 2, [[4, 4], [4, 4]], [[2, 1], [2, 1]])
+    rows = [line.split() for line in table("theirs", theirs, "ours", ours)[1:]]
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert [row[1] for row in rows] == ["0.500", "0.167"]
+    assert [row[3] for row in rows] == ["0.500", "0.250"]
+    assert [row[5] for row in rows] == ["0.000", "-0.083"]
+
+
+@needs_vllm
 def test_the_half_that_vllm_runs(finished_run: Path, tmp_path: Path) -> None:
     """With the model's own first layer as the draft model it says what it says without."""
     assert VLLM_PYTHON is not None
@@ -113,8 +85,9 @@ def test_the_half_that_vllm_runs(finished_run: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     export_draft_model(str(tmp_path / "model"), 1, tmp_path / "draft")
     found = []
-    for draft in (None, str(tmp_path / "draft")):
-        job = {"model": str(tmp_path / "model"), "draft": draft, "num_speculations": 2, "max_steps": 8}
+    drafting = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2}
+    for speculation in (None, drafting):
+        job = {"model": str(tmp_path / "model"), "speculation": speculation, "max_steps": 8}
         (tmp_path / "job.json").write_text(json.dumps(job | {"prompts": [[5, 6, 7], [9, 8]]}))
         half = [VLLM_PYTHON, str(SCRIPTS / "vllm_decode.py")]
         subprocess.run([*half, str(tmp_path / "job.json"), str(tmp_path / "result.json")], check=True)

@@ -11,9 +11,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from layerskip_model.backbone import Backbone
+from layerskip_model.head_terms import HeadMeasures, HeadTerms
 from layerskip_model.lora import add_lora
 from layerskip_model.medusa import MedusaHeads, labels_ahead
-from layerskip_model.medusa_model import MedusaMeasures, MedusaModel, MedusaTerms
+from layerskip_model.medusa_model import MedusaModel
 from layerskip_model.token_loss import IGNORE_INDEX
 from tests.layerskip_model.small import TOLERANCE
 from tests.tiny_models import tiny_model
@@ -123,7 +124,7 @@ def test_losses_and_gradients_are_those_of_the_naive_twin(kind: str, shared: boo
     module = MedusaModel(model, new_heads(model, shared=shared), frozen=frozen).train()
     tokens, labels, positions = batch()
     terms = module(tokens, labels, WEIGHTS, positions)
-    assert isinstance(terms, MedusaTerms)
+    assert isinstance(terms, HeadTerms)
     terms.total.backward()
     actual = {name: value.grad for name, value in module.named_parameters()}
     module.zero_grad()
@@ -164,7 +165,7 @@ def test_what_counts_nothing_costs_nothing_and_is_no_nan() -> None:
     module = MedusaModel(model, new_heads(model), frozen=True).train()
     tokens = batch()[0]
     terms = module(tokens, torch.full_like(tokens, IGNORE_INDEX), WEIGHTS)
-    assert isinstance(terms, MedusaTerms)
+    assert isinstance(terms, HeadTerms)
     terms.total.backward()
     assert terms.total.item() == 0.0
     assert all(p.grad is not None and not p.grad.any() for p in module.heads.parameters())
@@ -186,7 +187,7 @@ def test_a_frozen_model_makes_no_logits_and_no_graph(monkeypatch: pytest.MonkeyP
     module(*batch()[:2], WEIGHTS)
     assert grads == [False]
     handle.remove()
-    assert isinstance(module.eval()(*batch()[:2], WEIGHTS), MedusaMeasures)
+    assert isinstance(module.eval()(*batch()[:2], WEIGHTS), HeadMeasures)
 
 
 def test_all_heads_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +214,7 @@ def test_all_heads_logits_are_never_held_at_once(monkeypatch: pytest.MonkeyPatch
         for mode in (True, False):
             with Watch():
                 found = module.train(mode)(tokens[:, :-1], tokens[:, 1:], WEIGHTS)
-                if isinstance(found, MedusaTerms):
+                if isinstance(found, HeadTerms):
                     found.total.backward()
     assert largest < 8 * 64 * 512 / 8
 
@@ -226,7 +227,7 @@ def test_measurements_are_those_of_the_naive_twin() -> None:
             weight.data[2:] *= 0.01  # two likely tokens: heads agree now and then, also after they did not
     tokens, labels, positions = batch(rows=3)
     found = module(tokens, labels, WEIGHTS, positions)
-    assert isinstance(found, MedusaMeasures)
+    assert isinstance(found, HeadMeasures)
     hidden = module.backbone.final_states(tokens, positions)
     logits = [module.backbone.head_map().logits(hidden)]
     logits += [naive_logits(module.heads, index, hidden, model) for index in range(HEADS)]
@@ -268,7 +269,7 @@ def test_heads_that_see_ahead_accept_everything() -> None:
     model.lm_head.weight.data.zero_()
     module = MedusaModel(model, new_heads(model, moved=False), frozen=True).eval()
     found = module(*batch()[:2], WEIGHTS)
-    assert isinstance(found, MedusaMeasures)
+    assert isinstance(found, HeadMeasures)
     assert found.accepted == found.places * (HEADS + 1) > 0
 
 
@@ -284,7 +285,7 @@ def test_self_distillation_is_kl_against_the_model_without_its_adapters() -> Non
     model = model.double()
     module = MedusaModel(model, new_heads(model), frozen=False).train()
     terms = module(tokens, labels, WEIGHTS, positions, distil=True)
-    assert isinstance(terms, MedusaTerms)
+    assert isinstance(terms, HeadTerms)
     student = model(tokens, position_ids=positions, use_cache=False).logits
     divergence = functional.kl_div(
         student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True

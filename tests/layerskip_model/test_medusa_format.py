@@ -41,7 +41,7 @@ def some_heads(model: PreTrainedModel, *, shared: bool = False) -> MedusaHeads:
 def write(
     directory: Path, model: PreTrainedModel, heads: MedusaHeads, dtype: torch.dtype = torch.float32
 ) -> Path:
-    directory.mkdir()
+    directory.mkdir(parents=True)
     name = str(model.name_or_path)
     weights = fingerprint(Path(name))
     write_medusa(directory, heads, heads.state_dict(), dtype=dtype, base=name, base_fingerprint=weights)
@@ -150,6 +150,8 @@ def test_damaged_files_are_refused(base: PreTrainedModel, tmp_path: Path) -> Non
 def test_a_checkpoint_that_is_not_here_has_no_fingerprint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'nobody/nothing' is neither a directory nor in the local cache"):
         checkpoint_directory("nobody/nothing")
+    with pytest.raises(UserError, match="there are no weights in it"):
+        fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"one")
     (tmp_path / "consolidated.safetensors").write_bytes(b"the same once more")
     before = fingerprint(tmp_path)

@@ -21,6 +21,7 @@ from layerskip_model.token_loss import (
     predictions,
     soft_cross_entropy_sum,
     weighted_cross_entropy,
+    weighted_kl_divergence,
 )
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCAB = 13, 6, 5, 11
@@ -190,6 +191,27 @@ def test_several_states_over_one_head_match_full_logits(head: HeadMap, frozen: s
     torch.testing.assert_close(
         torch.autograd.grad(0.3 * fast, inputs), torch.autograd.grad(0.3 * naive, inputs)
     )
+
+
+def test_each_of_several_states_has_its_own_teachers(head: HeadMap) -> None:
+    """A row's teacher stands where `places` says; a teacher may stand for several, and some for none."""
+    teacher_hidden = make_hidden(TEACHER_HIDDEN)
+    teacher_head = make_head(bias=True, width=TEACHER_HIDDEN)
+    states, weights = [make_hidden(), make_hidden()], [0.5, 0.2]
+    places = [torch.arange(TOKENS), torch.arange(TOKENS).flip(0) // 2]
+    places[0][3:6] = IGNORE_INDEX
+    places[1][::3] = IGNORE_INDEX
+    inputs = [*states, *trained(states[0], head)[1:]]
+    fast, each = weighted_kl_divergence(iter(states), weights, teacher_hidden, places, head, teacher_head)
+    naive = [
+        naive_kl(hidden, teacher_hidden[own.clamp(min=0)], head, teacher_head, own != IGNORE_INDEX)
+        for hidden, own in zip(states, places, strict=True)
+    ]
+    total = weights[0] * naive[0] + weights[1] * naive[1]
+    torch.testing.assert_close(fast, total)
+    torch.testing.assert_close(each, [loss.detach() for loss in naive])
+    torch.testing.assert_close(torch.autograd.grad(fast, inputs), torch.autograd.grad(total, inputs))
+    assert teacher_head.weight.grad is None
 
 
 def test_gradients_are_slopes() -> None:

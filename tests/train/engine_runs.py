@@ -17,7 +17,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from layerskip_model.processes import leave
-from train import Interrupted, load_recipe, loop, train
+from train import Interrupted, features, load_recipe, loop, train
+
+SMALL_SHARD = 10 * 16 * 32 * 4  # bytes, ten rows of the tiny runs that train heads
 
 ENVIRONMENTS: dict[str, dict[str, str]] = {
     "ddp": {},
@@ -64,6 +66,9 @@ def join() -> PartialState:
 def run(path: str, engine: str) -> None:
     recipe = load_recipe(path)
     recipe = recipe.model_copy(update={"output_dir": f"{recipe.output_dir}_{engine}"})
+    if recipe.features is not None:  # each engine computes its own
+        kept = recipe.features.model_copy(update={"cache": f"{recipe.features.cache}_{engine}"})
+        recipe = recipe.model_copy(update={"features": kept})
     if not recipe.output_dir.endswith(f"stopped_{engine}"):
         train(recipe)
         return
@@ -85,6 +90,7 @@ def run(path: str, engine: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    features.SHARD_BYTES = SMALL_SHARD
     original_join, original_step = loop.join, loop.train_step
     loop.__dict__["join"] = join
     separator = sys.argv.index("--")

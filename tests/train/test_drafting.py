@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.decoding.speculate import Generation
+from eval.decoding.speculate import Generation, decode
 from eval.decoding.strategies import make_drafter
 from eval.target import load_target
 from layerskip_model.errors import UserError
@@ -83,7 +83,7 @@ def test_it_is_what_the_export_does(decoded: Path) -> None:
     prompts = [target.encode(prompt)[-12:] for prompt in chosen]
     settings = {"exit_layer": int(last["decode/exit_layer"]), "num_speculations": 3}
     drafter = make_drafter("self_speculative", target.runner, **settings)
-    generations = drafting.speculate.decode(
+    generations = decode(
         target.runner, drafter, prompts, max_new_tokens=12, eos_token_ids=target.eos_token_ids
     )
     lengths = [length for generation in generations for length in generation.accepted_lengths]
@@ -238,7 +238,7 @@ def test_a_decode_that_fails_costs_no_training(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(drafting, "generate", fail)
+    monkeypatch.setattr(drafting, "continued", fail)
     directory = train(parse_recipe(recipe_values(tmp_path / "run", text, **SETTINGS)))
     assert json.loads((directory / "run.json").read_text())["suggested"]["strategy"] == "self_speculative"
     assert f"as nothing was decoded: {error}" in capsys.readouterr().err
@@ -250,7 +250,7 @@ def test_a_mistake_of_ours_while_decoding_comes_after_the_checkpoint(
     def fail(*_: Any) -> None:
         raise TypeError("a mistake")
 
-    monkeypatch.setattr(drafting, "generate", fail)
+    monkeypatch.setattr(drafting, "continued", fail)
     with pytest.raises(TypeError, match="a mistake"):
         train(parse_recipe(recipe_values(tmp_path / "run", text, **SETTINGS)))
     saved = list_checkpoints(tmp_path / "run" / CHECKPOINTS_NAME)

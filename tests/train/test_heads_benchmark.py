@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tests.train.tiny_heads import medusa_values, write_base
 from tests.train.tiny_runs import start, write_recipe, write_text
+from train import parse_recipe
+from train.heads_benchmark import time_heads
 
 
 def test_heads_are_timed_beside_the_frozen_forward(tmp_path: Path) -> None:
@@ -28,3 +30,18 @@ def test_heads_are_timed_beside_the_frozen_forward(tmp_path: Path) -> None:
     heads = 3 * 4 * 32 * 32 * counts[0] + 6 * 280 * 32 * sum(counts)
     assert found["flops_ratio"] == 1 + heads / (4 * 16 * 4 * layer)
     assert found["predicted"] > found["flops_ratio"]
+
+
+def test_hydra_heads_are_timed_too(tmp_path: Path) -> None:
+    """With all that theirs cost: the prefix layer, the blocks, the projections and the teacher's LM head."""
+    text = write_text(tmp_path)
+    base = write_base(tmp_path / "base", text)
+    plus = {"kind": "hydra", "heads": 2, "layers": 2, "prefix_attention": True}
+    values = medusa_values(tmp_path / "run", text, base, objective=plus, batch={"sequences": 4, "length": 16})
+    found, _ = time_heads(parse_recipe(values), tmp_path / "cost", 1)
+    weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
+    prefix = 4 * 16 * (6 * weights + 12 * 4 * 8 * 16)
+    counts = [4 * (16 - k) for k in (1, 2)]
+    blocks = 6 * (2 * (2 + 3) + 2) * 32 * 32 * counts[0]
+    heads = prefix + blocks + (6 + 2) * 280 * 32 * sum(counts)
+    assert found.flops_ratio == 1 + heads / (4 * 16 * 4 * (2 * weights + 4 * 4 * 8 * 16))

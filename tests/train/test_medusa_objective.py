@@ -200,7 +200,10 @@ def test_settings_that_cannot_be_meant(changes: dict[str, Any], expected: str) -
     [
         ({"model": {"lora": {"rank": 2}}}, "model.lora: adapters train with objective.stage: joint"),
         ({"batch": {"sequences": 8, "length": 3}}, "batch.length: 3 leaves head 3 nothing to predict"),
-        ({"evaluate": {"decode": {}}}, "evaluate.decode: Medusa heads are not decoded with"),
+        (
+            {"evaluate": {"decode": {"exit_layer": 1}}},
+            "evaluate.decode.exit_layer: objective.kind: medusa drafts with its heads; leave it out",
+        ),
         (
             {"objective": {"stage": "joint", "init_heads": "nowhere"}},
             "heads 'nowhere': no config.json in it",

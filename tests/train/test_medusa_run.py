@@ -205,9 +205,9 @@ def test_a_second_stage_may_train_the_whole_model(
     ("damage", "expected"),
     [
         ("cut", r"medusa_lm_head\.safetensors is cut short"),
-        ("heads", r"objective\.heads: 3, and the heads of init_heads .* have 4"),
+        ("heads", r"objective\.heads: 2, and the heads of init_heads .* have 3"),
         ("fingerprint", r"its fingerprint differs"),
-        ("run", r"init_heads: the run .* trained no heads"),
+        ("run", r"init_heads: heads .*: that run trained no heads"),
     ],
 )
 def test_heads_that_do_not_fit_are_not_begun_from(
@@ -219,14 +219,12 @@ def test_heads_that_do_not_fit_are_not_begun_from(
     if damage == "cut":
         path = heads / "medusa_lm_head.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-    elif damage == "heads":
-        (heads / "config.json").write_text(json.dumps(told | {"medusa_num_heads": 4}))
     elif damage == "fingerprint":
         (heads / "config.json").write_text(json.dumps(told | {"base_fingerprint": "0"}))
-    else:
+    elif damage == "run":
         content = json.loads((first / "run.json").read_text()) | {"heads": None}
         (heads / "run.json").write_text(json.dumps(content))
-    objective = {"stage": "joint", "init_heads": str(heads)}
+    objective = {"stage": "joint", "init_heads": str(heads), "heads": 2 if damage == "heads" else 3}
     with pytest.raises(UserError, match=expected):
         train(parse_recipe(medusa_values(tmp_path / "run", text, base, objective=objective)))
 
@@ -261,6 +259,32 @@ def test_only_answers_are_learnt_with_the_token_that_ends_them(
     assert "USER" not in written
     assert "yes" in written
     assert learnt.count(eos) >= 4  # every answer ends
+
+
+def test_a_conversation_whose_answer_does_not_fit_is_no_nan(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is left out, with a word, so that no micro-batch, here of one row, is without labels."""
+    talks = [{"m": talk("q" * (90 if i % 3 == 0 else 3), f"yes {i}")} for i in range(24)]
+    rows = write_jsonl(tmp_path / "talks.jsonl", talks)
+    source = {"kind": "jsonl", "files": [str(rows)], "conversation": "m"}
+    base = write_base(tmp_path / "base", text, template=PLAIN)
+    seen: list[dict[str, int]] = []
+    original = Medusa.count
+
+    def count(self: Medusa, batch: dict[str, Tensor]) -> dict[str, int]:
+        seen.append(original(self, batch))
+        return seen[-1]
+
+    monkeypatch.setattr(Medusa, "count", count)
+    data = {"train": [source], "heldout": 0.2}
+    batch = {"sequences": 4, "length": 36, "micro": 1}
+    run = train(parse_recipe(medusa_values(tmp_path / "run", text, base, data=data, batch=batch)))
+    assert "left out, as nothing to predict remained" in capsys.readouterr().err
+    assert all(min(counts.values()) > 0 for counts in seen)
+    losses = [line[f"head_{k}/loss"] for line in log_lines(run) if "learning_rate" in line for k in (1, 2, 3)]
+    assert len(losses) == 4 * 3
+    assert all(0 < loss < 100 for loss in losses)
 
 
 def test_a_conversation_without_answers_is_an_error(text: Path, base: Path, tmp_path: Path) -> None:

@@ -89,7 +89,12 @@ def evaluation_batches(
 
     Every rank has the same number of batches; labels are IGNORE_INDEX throughout in those that fill up.
     """
-    number = min(limit or len(dataset), len(dataset))
-    rows = [index * len(dataset) // number for index in range(number)]
-    for indices in cut_for_rank(number, micro, rank, world):
+    rows = evaluated_rows(len(dataset), limit)
+    for indices in cut_for_rank(len(rows), micro, rank, world):
         yield collate(dataset, rows, indices)
+
+
+def evaluated_rows(number: int, limit: int | None) -> list[int]:
+    """All of so many rows, or `limit` evenly spaced ones."""
+    chosen = min(limit or number, number)
+    return [index * number // chosen for index in range(chosen)]

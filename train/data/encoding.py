@@ -108,10 +108,13 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class PairEncoder:
-    """`prompt response [end]`, the prompt as for generation: tokenised alone, with the tokenizer's special tokens."""
+    """`prompt response [end]`, the prompt as for generation: tokenised alone, with the tokenizer's special tokens.
+
+    A response that was cut has no end.
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    rules: str = "pair"
+    rules: str = "pair, cut or ended"
 
     def __call__(self, documents: Iterable[Document]) -> Iterator[Encoded]:
         """Pairs in batches; the response and the end are predicted."""
@@ -123,8 +126,9 @@ class PairEncoder:
             prompts = _tokenize(self.tokenizer, [pair.prompt for pair in pairs], special_tokens=True)
             responses = _tokenize(self.tokenizer, [pair.response for pair in pairs])
             for pair, prompt, response in zip(pairs, prompts, responses, strict=True):
-                counted = [False] * len(prompt) + [True] * (len(response) + 1)
-                yield Encoded([*prompt, *response, end], counted, len(pair.response.encode()))
+                answer = [*response, end] if pair.ended else response
+                counted = [False] * len(prompt) + [True] * len(answer)
+                yield Encoded([*prompt, *answer], counted, len(pair.response.encode()))
 
 
 @dataclass(frozen=True)

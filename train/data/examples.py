@@ -20,11 +20,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Pair(Document):
-    """A prompt and the response to it, of which only the response is learnt; `text` is the one after the other."""
+    """A prompt and the response to it, of which only the response is learnt; `text` is the one after the other.
+
+    `ended`: the response is whole, so that its end is learnt too.
+    """
 
     text: str = field(init=False)
     prompt: str
     response: str
+    ended: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", self.prompt + self.response)
@@ -81,12 +85,17 @@ def text_of(row: Mapping[str, Any], key: str, name: str, setting: str) -> str:
     return text
 
 
-def pair_of(prompt: str, response: str, name: str) -> Pair:
+def pair_of(prompt: str, response: str, name: str, *, ended: bool = True) -> Pair:
     """A pair. Raises MalformedRow where one of the two is empty."""
     for text, what in ((prompt, "prompt"), (response, "response")):
         if not text.strip():
             raise MalformedRow(f"{name}: the {what} is empty; fill it in or remove the row")
-    return Pair(name, prompt, response)
+    return Pair(name, prompt, response, ended)
+
+
+def is_whole(row: Mapping[str, Any]) -> bool:
+    """Whether the answer in a row ended by itself; a limit of tokens or of the context may have cut it."""
+    return row.get("finish_reason") not in ("length", "context")
 
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # others are called alike in both spellings
@@ -94,20 +103,28 @@ _SAID = ("content", "tool_calls")
 
 
 def conversation_of(row: Mapping[str, Any], key: str, name: str) -> Conversation:
-    """The conversation under a key: a list of {"role", "content"} or, as ShareGPT spells it, {"from", "value"}.
+    """The conversation under a key (see `messages_of`).
+
+    Raises MalformedRow for anything else and where the assistant says nothing.
+    """
+    messages = messages_of(row, key, name)
+    if not any(m["role"] == "assistant" and any(m.get(said) for said in _SAID) for m in messages):
+        raise MalformedRow(f"{name}: a conversation without an answer; it needs a message of the assistant")
+    return Conversation(name, messages)
+
+
+def messages_of(row: Mapping[str, Any], key: str, name: str) -> list[dict[str, Any]]:
+    """The messages under a key: a list of {"role", "content"} or, as ShareGPT spells it, {"from", "value"}.
 
     Other keys of a message (tool calls, thinking) are kept for the template, less those that are null: tables
-    have every key in every row. Raises MalformedRow for anything else and where the assistant says nothing.
+    have every key in every row. Raises MalformedRow for anything else.
     """
     if key not in row:
         raise MalformedRow(f"{name}: no field '{key}'; the row has {sorted(row)}: set 'conversation' to one")
     given = row[key]
     if not isinstance(given, list) or not given:
         raise MalformedRow(f"{name}: field '{key}' is {given!r:.40}; it must be a list of messages")
-    messages = [_message(message, name, number) for number, message in enumerate(given, start=1)]
-    if not any(m["role"] == "assistant" and any(m.get(said) for said in _SAID) for m in messages):
-        raise MalformedRow(f"{name}: a conversation without an answer; it needs a message of the assistant")
-    return Conversation(name, messages)
+    return [_message(message, name, number) for number, message in enumerate(given, start=1)]
 
 
 def _message(given: Any, name: str, number: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
@@ -86,6 +87,13 @@ class PreparedData:
         return StreamBatches(
             lambda: self._mixer(seed, state), sequences, micro, start, stop, rank, world, state, is_stopping
         )
+
+    def rows_of_steps(self, steps: int, sequences: int, seed: int) -> list[int]:
+        """The numbers of the rows that so many steps train on, each once and in order, where no source is a stream."""
+        order, read = self._order(seed), np.zeros(len(self.training), dtype=bool)
+        for step in range(steps):
+            read[order(np.arange(step * sequences, (step + 1) * sequences))] = True
+        return np.flatnonzero(read).tolist()
 
     def _weights(self) -> list[float] | None:
         weights = [source.weight for source in self.config.train if source.weight is not None]

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from train.data.examples import Document, conversation_of, pair_of, text_of
+from train.data.examples import Document, conversation_of, is_whole, pair_of, text_of
 from train.data.streams import SourceSection
 from train.section import Section
 
@@ -62,6 +62,7 @@ class RowForm(SourceSection):
             return conversation_of(row, self.conversation, name)
         if self.pair is not None:
             prompt = text_of(row, self.pair.prompt, name, "pair.prompt")
-            return pair_of(prompt, text_of(row, self.pair.response, name, "pair.response"), name)
+            response = text_of(row, self.pair.response, name, "pair.response")
+            return pair_of(prompt, response, name, ended=is_whole(row))
         text = text_of(row, self.field or "text", name, "field")
         return Document(name, text) if text.strip() else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from train.objectives.base import Objective
+from train.objectives.hydra import Hydra
 from train.objectives.layerskip import LayerSkip
 from train.objectives.medusa import Medusa
 
-OBJECTIVES: dict[str, type[Objective]] = {"layerskip": LayerSkip, "medusa": Medusa}
+OBJECTIVES: dict[str, type[Objective]] = {"layerskip": LayerSkip, "medusa": Medusa, "hydra": Hydra}

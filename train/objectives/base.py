@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eval.decoding.drafters.base import Drafter
+from eval.decoding.strategies import make_drafter
 from eval.replay import OwnText
+from layerskip_model.runner import Runner
 from train.data.packing import Rows
 from train.metrics import Metrics
 from train.section import Section
 
 Batch = dict[str, Any]
 """One micro-batch of one rank: tensors stacked over its rows, and `row`, their indexes in the global batch."""
+
+
+class States(NamedTuple):
+    """Which states of a frozen model a method learns from, one vector of `width` numbers a token."""
+
+    name: str
+    width: int
+
+
+FINAL_STATES = "final"  # the name of those that enter the LM head, after the final norm
 
 Config = TypeVar("Config", bound=Section)
 
@@ -31,6 +44,9 @@ class Objective(nn.Module, Generic[Config]):
 
     config_class: ClassVar[type[Section]]
     """The section that stands under `objective:` in a recipe of this kind."""
+
+    has_features: bool = False
+    """Whether batches come with `features`; who makes them says so."""
 
     @classmethod
     @abstractmethod
@@ -48,10 +64,19 @@ class Objective(nn.Module, Generic[Config]):
     def rows(self, windows: Rows, part: Literal["train", "heldout"]) -> Rows:
         """What batches are made of: by default windows of tokens, `input_ids` and `labels` shifted by one.
 
-        A method that learns from features computed beforehand wraps them and adds those to each row. As many
-        rows as before; a row whose labels are all IGNORE_INDEX only fills up a rank and must count nothing.
+        A method that wants more beside them wraps them and adds it to each row (what a frozen model makes of them
+        comes by itself, see `features`). As many rows as before; a row whose labels are all IGNORE_INDEX only
+        fills up a rank and must count nothing.
         """
         return windows
+
+    def features(self) -> States | None:
+        """What of a frozen model the method learns from, so that it can be computed once. Default: nothing.
+
+        Then there are two more kinds of batch. With `features` [batch, seq, width] `forward` uses them in place of
+        the model's forward; of one without `labels` it returns them, and no metrics.
+        """
+        return None
 
     @abstractmethod
     def count(self, batch: Batch) -> dict[str, int]:
@@ -107,12 +132,20 @@ class Objective(nn.Module, Generic[Config]):
         """The best strategy to decode with, as `run.json` tells it: `strategy`, `settings`, `predicted_speedup`.
 
         By what is known: the last held-out metrics (none yet: empty), and text that the model wrote itself, where
-        it could be decoded. `fixed` are settings that are given; the others are chosen.
+        it could be decoded. `fixed` are settings that are given; the others are chosen. `acceptance_length` beside
+        them: tokens a forward, where it was decoded with.
         """
 
     def decodable(self) -> PreTrainedModel | None:
         """The language model to decode with while it trains. Default: nothing is decoded."""
         return None
+
+    def drafter(self, suggestion: dict[str, Any], runner: Runner) -> Drafter:
+        """What drafts for the model in training as suggested. Default: a strategy that its settings say all of.
+
+        `runner` runs `decodable`. Raises UserError where it cannot be decoded with.
+        """
+        return make_drafter(suggestion["strategy"], runner, **suggestion["settings"])
 
     def schedule(self, step: int) -> dict[str, list[float]]:
         """What the method changes over time, as in force at an optimizer step: name -> a number for each layer."""

@@ -6,30 +6,18 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from train.section import FrozenModelSection
+from train.objectives.heads_config import HeadsConfig
 
 JOINT_ONLY = ("head_lr_multiple", "lambda_0", "ramp", "self_distillation")
 
 
-class MedusaConfig(FrozenModelSection):
+class MedusaConfig(HeadsConfig):
     """`objective: {kind: medusa, ...}`: heads that guess tokens further on, for decoding with `medusa`."""
 
     kind: Literal["medusa"]
-    heads: int = Field(4, ge=1, description="K; head k predicts the token k + 1 places on")
-    layers: int = Field(1, ge=1, description="residual blocks of a head")
-    decay: float = Field(0.8, gt=0.0, le=1.0, description="head k's loss weighs decay^k")
-    shared_projection: bool = Field(
-        False,
-        description="one matrix to the vocabulary for all heads instead of one each: smaller by as much",
-    )
     stage: Literal["heads", "joint"] = Field(
         "heads",
         description="heads: Medusa-1, the model is frozen; joint: Medusa-2, it trains too (or its model.lora)",
-    )
-    init_heads: str | None = Field(
-        None,
-        min_length=1,
-        description="a run, or a directory of heads, to begin from; default: copies of the LM head",
     )
     head_lr_multiple: float = Field(
         4.0, gt=0.0, description="joint: the heads' learning rate over the model's"

@@ -17,6 +17,7 @@ from eval.decoding.capture import new_cache
 from eval.decoding.settings import Range
 from eval.decoding.tree import Draft, after_prefix, ancestor_mask, by_slot
 from layerskip_model.context import Context
+from layerskip_model.layer_runner import LayerRunner
 from layerskip_model.runner import Runner
 
 
@@ -30,6 +31,7 @@ class State:
         streams: each row's stream of random numbers, for a rule that draws.
         texts: each row's prompt and what was emitted after it.
         prompt_lengths: how much of each text is the prompt.
+        horizon: the longest that any text can become.
         length: committed tokens, on the device, [batch, 1].
         last: the last emitted token, the root of the next draft, [batch, 1].
         room: how many more tokens a row may emit.
@@ -38,7 +40,7 @@ class State:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: LayerRunner,
         prompts: Sequence[list[int]],
         horizon: int,
         max_nodes: int,
@@ -53,6 +55,7 @@ class State:
         self.texts = [list(prompt) for prompt in prompts]
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.batch = batch
+        self.horizon = horizon
         self.cache = new_cache(runner, batch, horizon + max_nodes)
         self.tables = runner.tables(horizon, self.cache.capacity)
         self._row = torch.arange(batch, device=runner.device)[:, None]

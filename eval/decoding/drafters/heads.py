@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -76,9 +77,16 @@ class HeadsDrafter(Drafter):
     Settings: ClassVar[type[Any]] = HeadSettings
 
     def __init__(self, runner: Runner, settings: HeadSettings) -> None:
-        settings = settings.in_force(type(self).__name__.lower())
+        strategy = type(self).__name__.lower()
+        settings = settings.in_force(strategy)
         super().__init__(runner, settings)
         assert settings.tree is not None
+        name, ranks = settings.tree.name, settings.tree.width
+        if ranks > runner.vocab_size:
+            raise UserError(
+                f"{strategy}: tree '{name}' has rank {ranks - 1} and the model's vocabulary {runner.vocab_size} "
+                "tokens; give ranks below that"
+            )
         self.layout = Layout(settings.tree, runner.device)
         self.max_nodes = settings.tree.size + 1
         self._last_layer = runner.num_layers - 1
@@ -99,11 +107,14 @@ class HeadsDrafter(Drafter):
 
     def propose(self, state: State) -> Draft:
         """The tree, without its lower levels near the end."""
-        layout, depth = self.layout, state.chain_length(self.layout.depth)
-        tokens = self.draft(state, depth) if depth else state.last
+        depth = state.chain_length(self.layout.depth)
+        return self.tree(state, self.draft(state, depth) if depth else state.last, depth)
+
+    def tree(self, state: State, tokens: Tensor, depth: int) -> Draft:
+        """The draft of all nodes down to that level, tokens [batch, layout.nodes(depth)]."""
+        layout, n = self.layout, tokens.shape[1]
         if depth == 0 or layout.shape.is_chain:
             return state.chain(tokens)
-        n = tokens.shape[1]
         parents, level, visible = layout.parents[:, :n], layout.level[:, :n], layout.visible[:, :n, :n]
         return state.tree(tokens, parents, level, visible, depth)
 
@@ -112,6 +123,15 @@ class HeadsDrafter(Drafter):
         """The tokens of all nodes down to that level, 1 or more, root included: [batch, layout.nodes(depth)].
 
         `self.hidden` [batch, 1, hidden] is the state to draft from, after the final norm.
+        """
+
+    @abstractmethod
+    def along(self, hidden: Tensor, tokens: Tensor, first: int) -> Iterator[Tensor]:
+        """What each head says along a given text, whose own tokens stand before each guess.
+
+        Head `index` (0, 1, ...) reads the state at a place t, in `hidden` [seq, hidden] after the final norm, and
+        guesses the token at t + 2 + index of `tokens` [seq]. Yields each head's logits at the places from `first` on
+        whose guess is in the text, [seq - 2 - index - first, vocab], none where there is no such place.
         """
 
     def _states(self, states: dict[int, Tensor], nodes: list[int]) -> Tensor:

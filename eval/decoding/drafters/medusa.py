@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,5 +39,10 @@ class Medusa(HeadsDrafter):
         # A rule may look at the text before: that of the heads' first choices.
         chain = state.chain(torch.cat([state.last, logits[:, :-1].argmax(dim=-1)], dim=1))
         preferences = state.rule.preferences(state, logits, chain)  # [batch, depth, vocab]
-        levels = [self.layout.children(level, preferences[:, level, None]) for level in range(depth)]
-        return torch.cat([state.last, *levels], dim=1)
+        return torch.cat([state.last, self.layout.descendants(preferences)], dim=1)
+
+    def along(self, hidden: Tensor, tokens: Tensor, first: int) -> Iterator[Tensor]:
+        """See `HeadsDrafter.along`."""
+        heads: MedusaHeads = self.settings.draft.heads
+        for index in range(heads.number):
+            yield heads.logits(index, hidden[first : max(first, len(tokens) - 2 - index)])

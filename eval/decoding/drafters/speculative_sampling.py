@@ -59,8 +59,7 @@ class SpeculativeSampling(Drafter):
     def start(self, state: State, prompts: list[list[int]], hidden: dict[int, Tensor]) -> None:
         """Run the prompts through the draft model."""
         runner = self.draft_runner
-        horizon = max(len(text) + room for text, room in zip(state.texts, state.room, strict=True))
-        self._behind = State(runner, prompts, horizon, self.max_nodes, state.rule, state.streams)
+        self._behind = State(runner, prompts, state.horizon, self.max_nodes, state.rule, state.streams)
         self._lacks_a_token = False
         width = max(map(len, prompts))
         padded = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts]).to(runner.device)

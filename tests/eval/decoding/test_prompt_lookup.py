@@ -188,7 +188,8 @@ def said_to_be_drawn(draft: Draft, state: State) -> Draft:
     """From all tokens alike, which they are not."""
     if draft.num_nodes == 1:
         return draft
-    q = torch.full((state.batch, draft.num_nodes - 1, state.runner.vocab_size), 1 / state.runner.vocab_size)
+    vocabulary = state.runner.backbone.vocab_size
+    q = torch.full((state.batch, draft.num_nodes - 1, vocabulary), 1 / vocabulary)
     return replace(draft, q=q)
 
 

@@ -78,7 +78,7 @@ def test_of_one_child_a_node_a_tree_is_the_chain() -> None:
 
 
 def drafts_of(
-    runner: Runner, drafter: Drafter, prompts: list[list[int]], new: int = 16
+    runner: Runner, drafter: Drafter, prompts: list[list[int]], new: int = 16, **options: Any
 ) -> list[tuple[list[list[int]], Draft]]:
     """The texts before each draft, and the draft."""
     seen = []
@@ -90,7 +90,7 @@ def drafts_of(
         return draft
 
     drafter.propose = watched  # type: ignore[method-assign]
-    run(runner, drafter, prompts, max_new_tokens=new)
+    run(runner, drafter, prompts, max_new_tokens=new, **options)
     return seen
 
 

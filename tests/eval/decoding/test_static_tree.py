@@ -78,6 +78,14 @@ def test_the_layout_is_the_walk_over_the_paths() -> None:
         for other in range(n):
             is_ancestor = found[one][: len(found[other])] == found[other]
             assert layout.visible[0, one, other].item() == is_ancestor
+    inner = {path[:-1] for path in found if path}
+    for level, ways in enumerate(layout.path_to_inner):
+        here = [node for node in range(n) if len(found[node]) == level]
+        last = [node for node in here if found[node] in inner]
+        assert last == here[len(here) - layout.inner[level] :]
+        assert [[found[node] for node in way] for way in ways.tolist()] == [
+            [found[node][:depth] for depth in range(level + 1)] for node in last
+        ]
 
 
 def test_children_are_the_ranked_tokens_after_their_parents() -> None:
@@ -96,3 +104,15 @@ def test_children_are_the_ranked_tokens_after_their_parents() -> None:
             rank = int(layout.rank[node - 1])
             expected = logits[:, parent - here].argsort(dim=-1, descending=True)[:, rank]
             assert torch.equal(got[:, place], expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_descendants_are_the_ranked_tokens_of_their_levels(depth: int) -> None:
+    layout = Layout(checked_tree("mine", PATHS), torch.device("cpu"))
+    logits = torch.randn(2, depth, 11, generator=torch.Generator().manual_seed(0))
+    order = logits.argsort(dim=-1, descending=True)
+    got = layout.descendants(logits)
+    assert got.shape == (2, layout.nodes(depth) - 1)
+    for node in range(1, layout.nodes(depth)):
+        expected = order[:, int(layout.level[0, node]) - 1, int(layout.rank[node - 1])]
+        assert torch.equal(got[:, node - 1], expected)

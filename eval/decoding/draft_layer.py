@@ -1,0 +1,81 @@
+"""A drafter's own decoder layer: run like the target's layers, over a cache that grows with the committed texts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eval.decoding.acceptance import Greedy
+from eval.decoding.drafters.base import State
+from layerskip_model.draft_layer import DraftLayer
+from layerskip_model.errors import UserError
+from layerskip_model.layer_runner import LayerRunner
+from layerskip_model.runner import TOLERANCE, Runner
+
+CHUNKS = [4, 3]  # rows of the sample that a layer is checked with
+
+
+class LayerState(State):
+    """A state of the same texts for layers of a drafter's own, beside the target's.
+
+    What enters them for a place may be known later than the target's token there, so its lengths are its own: 0 at
+    first, more by `extend`. A drafter that drafts over it tells it each step's roots and room by `begin_step`.
+    """
+
+    def __init__(self, runner: LayerRunner, target: State, max_nodes: int) -> None:
+        """`max_nodes`: the most that is run after the committed ones, in one draft or `extend` after the first."""
+        super().__init__(runner, target.texts, target.horizon, max_nodes, target.rule, target.streams)
+
+    def extend(self, inputs: Tensor, counts: list[int]) -> Tensor:
+        """Run what enters the first layer at each row's next places, and commit to the first counts[b] of row b.
+
+        [batch, n, hidden] -> what leaves the last layer, the same shape. The rest of a row is padding: what is
+        committed does not see it.
+        """
+        context = self.chain_context(0, inputs.shape[1])
+        outputs = self.runner.run(inputs.to(self.runner.dtype), 0, self.runner.num_layers, context)
+        self.cache.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self.begin_step([0] * self.batch, [1] * self.batch, [False] * self.batch)
+        return outputs
+
+
+@torch.inference_mode()
+def draft_layer_runner(runner: Runner, layer: DraftLayer) -> LayerRunner:
+    """What runs a draft layer over a cache, fused where the target's layers are.
+
+    Raises UserError where its states would not be what the layer's own forward makes in training.
+    """
+    inputs = _sample(layer, runner.backbone.hidden_size)
+    expected = layer(inputs)
+    allowed = TOLERANCE[inputs.dtype] * expected.abs().max().item()
+    difference = float("nan")
+    for fused in [True, False] if runner.fused is not None else [False]:
+        made = LayerRunner(
+            runner.backbone,
+            [layer.layer],
+            [layer.kind],
+            {layer.kind: runner.windows[layer.kind]},
+            device=inputs.device,
+            dtype=inputs.dtype,
+            fuse_layers=fused,
+        )
+        difference = (_in_chunks(made, inputs) - expected).abs().max().item()
+        if difference <= allowed:
+            return made
+    raise UserError(
+        f"a draft layer for model type '{runner.model_type}' cannot be decoded with here: its states are off by "
+        f"{difference:.3g} (allowed {allowed:.3g}); use a Llama, Mistral, Qwen or Gemma model"
+    )
+
+
+def _sample(layer: DraftLayer, hidden: int) -> Tensor:
+    """Some states to compare with, [1, rows, hidden], of the layer's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, sum(CHUNKS), hidden, generator=generator).to(next(layer.layer.parameters()))
+
+
+def _in_chunks(runner: LayerRunner, inputs: Tensor) -> Tensor:
+    """What leaves the layer, run chunk by chunk."""
+    rows = sum(CHUNKS)
+    state = LayerState(runner, State(runner, [[0] * rows], rows, 1, Greedy()), rows)
+    return torch.cat([state.extend(part, [part.shape[1]]) for part in inputs.split(CHUNKS, dim=1)], dim=1)

@@ -1,0 +1,143 @@
+"""A frozen language model with an EAGLE-3 head in training: training-time test (arXiv 2503.01840, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from layerskip_model.chunked_loss import Soft, TargetOf, chunked_sum
+from layerskip_model.eagle import unrolled
+from layerskip_model.eagle3 import Eagle3Head
+from layerskip_model.eagle_model import DraftTerms, FrozenTarget, measure_chain, places
+from layerskip_model.head_map import HeadMap, matmul_dtype, wide_logits
+from layerskip_model.head_terms import TOP
+from layerskip_model.medusa import labels_ahead
+from layerskip_model.token_loss import IGNORE_INDEX, predictions, top_predictions
+
+
+class Eagle3Model(FrozenTarget[Eagle3Head]):
+    """Trains a head on the `steps` tokens in a row that it will draft, each step on what it made in the one before."""
+
+    def __init__(self, model: PreTrainedModel, head: Eagle3Head, *, steps: int = 7) -> None:
+        super().__init__(model, head)
+        self.steps = steps
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        weights: Sequence[float],
+        position_ids: Tensor | None = None,
+        *,
+        features: Tensor | None = None,
+    ) -> DraftTerms:
+        """The terms of one micro-batch: sum_s w_s CE(target, draft in step s).
+
+        In step s the place t, of token x_{t+s+1}, says something about x_{t+s+2}; it counts where x_{t+s+2} does, all
+        belong to one document, and the target's own first choice there is in the head's vocabulary. The target's
+        distribution is restricted to that and renormalised.
+
+        Args:
+            input_ids, labels, position_ids: [batch, seq] as for `labels_ahead`.
+            weights: [steps]; 0.8^s in the paper, each over the places of the whole batch.
+            features: [batch, seq, 4 * hidden], the inputs of the head's three layers and the model's final states side
+                by side, where they are known already.
+        """
+        with torch.no_grad():
+            *read, final = (
+                self._states(input_ids, position_ids) if features is None else features.chunk(4, -1)
+            )
+            final = final.to(self.model.dtype)  # [batch, seq, hidden]
+            embedded = self.backbone.embed(input_ids[:, 1:])
+        ahead = labels_ahead(labels, self.steps, position_ids)  # [steps + 1, batch, seq]
+        entering = self.head.features([state[:, :-1] for state in read])
+        positions = places(position_ids, input_ids)
+        outputs = list(unrolled(self.head, embedded, entering, positions, self.steps))
+        total, losses, counts = self._losses(outputs, weights, final, ahead)
+        if self.training:
+            return DraftTerms(total, losses, counts)
+        measures = measure_chain(self.backbone, final, ahead, self._predict, outputs)
+        return DraftTerms(total, losses, counts, measures)
+
+    def _states(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
+        """The inputs of the head's three layers, and the final states, each [batch, seq, hidden]."""
+        found: list[Tensor] = []
+        hooks = [
+            self.backbone.layers[layer].register_forward_pre_hook(lambda _, args: found.append(args[0]))
+            for layer in self.head.reads
+        ]
+        try:
+            final = self.backbone.final_states(input_ids, position_ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [*found, final]
+
+    def _losses(
+        self, outputs: list[Tensor], weights: Sequence[float], final: Tensor, ahead: Tensor
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The weighted sum, each step's loss and its count; `outputs` of each step, [batch, seq - 1, hidden]."""
+        batch, seq = final.shape[:2]
+        flat = final.flatten(0, 1)
+        place = torch.arange(batch * seq, device=flat.device).view(batch, seq)[:, :-1]
+
+        def compute(states: tuple[Tensor, ...], target: HeadMap) -> tuple[Tensor, list[Tensor], Tensor]:
+            teacher, *own = states
+            sayable = self._sayable(teacher, ahead[0].flatten(), target)
+            judged = [
+                (ahead[step + 1, :, :-1] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+                for step in range(self.steps)
+            ]
+            judges = [place.flatten()[rows] + step + 1 for step, rows in enumerate(judged)]
+            kept = [sayable[rows] for rows in judges]
+            judged = [rows[keep] for rows, keep in zip(judged, kept, strict=True)]
+            judges = [rows[keep] for rows, keep in zip(judges, kept, strict=True)]
+            restricted = self.head.vocabulary.restrict(target).to(matmul_dtype(teacher))
+            total, losses = self.head.projection(
+                self._normed(own),
+                lambda normed, head: chunked_sum(
+                    normed, weights, head, judged, [_said(teacher, rows, restricted) for rows in judges]
+                ),
+            )
+            counts = torch.tensor([len(rows) for rows in judged], device=teacher.device)
+            return total, losses, counts
+
+        return self.backbone.at_head((flat, *(output.flatten(0, 1) for output in outputs)), compute)
+
+    def _normed(self, outputs: list[Tensor]) -> Iterator[Tensor]:
+        """What the head's LM head reads. What a norm saves is several times its input; doing it again is cheap."""
+        for output in outputs:
+            yield checkpoint(self.head.norm, output, use_reentrant=False, preserve_rng_state=False)
+
+    def _sayable(self, teacher: Tensor, labels: Tensor, target: HeadMap) -> Tensor:
+        """Whether the head's vocabulary has the target's first choice, bool [batch * seq]; where labels count."""
+        sayable = torch.ones(labels.shape, dtype=torch.bool, device=labels.device)
+        if not self.head.vocabulary.is_whole:
+            rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+            _, chosen = predictions(teacher[rows], labels[rows], target)
+            sayable[rows] = self.head.t2d[chosen]
+        return sayable
+
+    def _predict(self, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of labels that are in the vocabulary, 0 of others; and the choices as the target's tokens."""
+        draft = self.head.vocabulary.from_target(labels)
+        nll, best = self.head.projection(
+            self.head.norm(output), lambda states, head: top_predictions(states, draft, head, TOP)
+        )
+        return nll, self.head.vocabulary.to_target(best)
+
+
+def _said(teacher: Tensor, rows: Tensor, head: HeadMap) -> TargetOf:
+    """What the target says at these rows, as `chunked_sum` wants it."""
+
+    def target(chunk: slice) -> Soft:
+        with torch.no_grad():
+            log_q = F.log_softmax(wide_logits(teacher[rows[chunk]], head), dim=-1)
+        return Soft(log_q.exp(), log_q, less_entropy=False)
+
+    return target
