@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def has_tree(directory: Path) -> bool:
 def saved_tree(directory: Path, heads: int, device: torch.device) -> TreeShape:
     """The tree that lies beside heads; where there is none, what heads of that number draft on that device."""
     path = directory / TREE_FILE
-    return fitting(read_tree(path), heads) if path.is_file() else default_tree(heads, device)
+    if not path.is_file():
+        return default_tree(heads, device)
+    return fitting(replace(read_tree(path), name=TREE_FILE), heads)  # a report names the heads already
 
 
 def default_tree(heads: int, device: torch.device) -> TreeShape:
