@@ -19,6 +19,9 @@ from layerskip_model.errors import UserError
 
 if TYPE_CHECKING:
     from eval.answer_writers import AnswerWriter
+    from eval.questions import Question
+    from eval.target import Target
+    from train.data.questions import Asked
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -63,14 +66,11 @@ def main(
 
     Ended at any time, the same command goes on.
     """
-    from eval.answer_writers import CommandWriter, ModelWriter
+    from eval.answer_writers import CommandWriter
     from eval.choosing import Choosing
     from eval.decoding.strategies import strategy_name
-    from eval.prompts import evenly_spaced
-    from eval.questions import question_of
     from eval.ranks import join_ranks
     from eval.regenerate import ROWS, regenerate
-    from layerskip_model.chat import ChatTemplate
     from train.data.questions import read_asked
 
     strategy = strategy_name(generation_strategy)  # before a large model is loaded
@@ -80,29 +80,22 @@ def main(
         refuse_beside(command, flags | ({} if chat_template is None else {"chat_template": chat_template}))
     ranks = join_ranks()
     with ranks.together(), output_directory(output_dir if ranks.is_first else None):
+        # 1. What is asked.
         asked = read_asked(dataset)
         if chat_template is not None and not asked.has_conversations:
             raise UserError(
                 f"--chat_template '{chat_template}': '{dataset}' has no conversations; leave it out"
             )
-        number = len(asked.documents) if num_samples is None else num_samples
-        questions = [
-            question_of(one.name, getattr(one, "messages", one.text))
-            for one in evenly_spaced(asked.documents, number)
-        ]
+        questions = questions_of(asked, num_samples)
+        # 2. Who answers.
         writer: AnswerWriter
         if command is not None:
             writer = CommandWriter(command, max_steps)
         else:
             target = loading.load(device=ranks.device(loading.device, loading.device_map))
-            template = None
-            if asked.has_conversations:
-                template = ChatTemplate.load(
-                    target.tokenizer, chat_template or asked.chat_template, "--chat_template"
-                )
-            writer = ModelWriter.make(
-                target, template, strategy, max_new_tokens=max_steps, choosing=chosen, **given(drafting)
-            )
+            settings = {"max_new_tokens": max_steps, "choosing": chosen, **given(drafting)}
+            writer = model_writer(target, asked, chat_template, strategy, settings)
+        # 3. The answers.
         manifest = regenerate(
             questions,
             writer,
@@ -114,6 +107,29 @@ def main(
         )
     if ranks.is_first:
         tell(Path(output_dir) / ROWS, manifest, asked.has_conversations)
+
+
+def questions_of(asked: Asked, number: int | None) -> list[Question]:
+    """So many of the questions, evenly spaced; None for all."""
+    from eval.prompts import evenly_spaced
+    from eval.questions import question_of
+
+    documents = evenly_spaced(asked.documents, len(asked.documents) if number is None else number)
+    return [question_of(one.name, getattr(one, "messages", one.text)) for one in documents]
+
+
+def model_writer(
+    target: Target, asked: Asked, chat_template: str | None, strategy: str, settings: dict[str, Any]
+) -> AnswerWriter:
+    """A model that answers with that strategy; conversations by a chat template. Raises UserError."""
+    from eval.answer_writers import ModelWriter
+    from layerskip_model.chat import ChatTemplate
+
+    template = None
+    if asked.has_conversations:
+        path = chat_template or asked.chat_template
+        template = ChatTemplate.load(target.tokenizer, path, "--chat_template")
+    return ModelWriter.make(target, template, strategy, **settings)
 
 
 def refuse_beside(command: str, flags: dict[str, Any]) -> None:
