@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
+from eval.decoding.drafters.eagle import EagleDraft
 from eval.decoding.drafters.hydra import HydraDraft
 from eval.decoding.drafters.medusa import MedusaDraft
+from eval.decoding.growing import Shape
 from eval.decoding.published_trees import DEFAULT, PUBLISHED, published_tree
 from eval.decoding.settings import nearest
 from eval.decoding.static_tree import TreeShape, read_tree
 from eval.target import Target
 from layerskip_model.errors import UserError
+from layerskip_model.formats.eagle import load_eagle
 from layerskip_model.formats.heads import heads_directory
 from layerskip_model.formats.hydra import load_hydra
 from layerskip_model.formats.medusa import load_medusa
@@ -25,6 +28,7 @@ HEADS_OF = {"medusa_num_heads": "medusa", "hydra_num_heads": "hydra"}
 """what the config.json of heads has -> the strategy that drafts with them"""
 TREE_FILE = "tree.json"  # beside heads: the tree that is best for them
 CHAIN = "chain"
+CHAIN_DRAFTS = 5  # of an EAGLE head, by default
 
 
 def load_medusa_draft(target: Target, name: str) -> MedusaDraft:
@@ -42,6 +46,20 @@ def load_hydra_draft(target: Target, name: str) -> HydraDraft:
     heads = heads.to(target.runner.dtype).requires_grad_(False).eval()
     tree = saved_tree(directory, heads.number, target.runner.device)
     return HydraDraft.of(name, heads, tree, target.runner)
+
+
+def load_eagle_draft(target: Target, name: str) -> EagleDraft:
+    """An EAGLE or EAGLE-3 head. Raises UserError for one of another model."""
+    directory, runner = heads_directory(name), target.runner
+    head = load_eagle(directory, runner.backbone)
+    head = head.to(runner.dtype).requires_grad_(False).eval()
+    tree = saved_tree(directory, CHAIN_DRAFTS, runner.device)
+    return EagleDraft.of(name, head, runner, tree=tree, growth=saved_growth(directory, runner.device))
+
+
+def saved_growth(directory: Path, device: torch.device) -> Shape:
+    """What lies beside a head about dynamic trees; where there is nothing, what such heads draft on that device."""
+    return Shape(6, 10, 60) if device.type == "cuda" else Shape(CHAIN_DRAFTS, 1, CHAIN_DRAFTS)
 
 
 def has_tree(directory: Path) -> bool:

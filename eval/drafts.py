@@ -8,11 +8,12 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
+from eval.decoding.drafters.eagle import EagleDraft
 from eval.decoding.drafters.heads import DraftHeads
 from eval.decoding.drafters.hydra import HydraDraft
 from eval.decoding.drafters.medusa import MedusaDraft
 from eval.decoding.strategies import STRATEGIES
-from eval.draft_heads import load_hydra_draft, load_medusa_draft, named_tree, say_default
+from eval.draft_heads import load_eagle_draft, load_hydra_draft, load_medusa_draft, named_tree, say_default
 from eval.draft_model import DraftModel, captured_like, load_draft
 from eval.target import Target
 
@@ -20,6 +21,7 @@ LOADERS: dict[type, Callable[[Target, str], Any]] = {
     DraftModel: load_draft,
     MedusaDraft: load_medusa_draft,
     HydraDraft: load_hydra_draft,
+    EagleDraft: load_eagle_draft,
 }
 
 _loaded: WeakKeyDictionary[PreTrainedModel, dict[tuple[type, str, bool], Any]] = WeakKeyDictionary()

@@ -24,6 +24,7 @@ class DraftLayer(nn.Module):
     Attributes:
         layer: the transformers layer, number 0 of whatever cache it runs over.
         kind: its attention, "full_attention" or "sliding_attention".
+        width: of what enters it.
 
     Raises UserError for a target whose attention can not be decoded here.
     """
@@ -32,6 +33,7 @@ class DraftLayer(nn.Module):
         super().__init__()
         kinds, _ = attention_kinds(backbone.config, backbone.num_layers)
         self.kind = kinds[0]
+        self.width = backbone.hidden_size
         self._backbone = backbone  # no module: its weights are not this one's
         layer: Any = type(backbone.layers[0])
         with torch.device(model_device(backbone.layers[0])):
@@ -41,7 +43,7 @@ class DraftLayer(nn.Module):
     def forward(
         self, hidden: Tensor, position_ids: Tensor | None = None, cache: KeyValues | None = None
     ) -> Tensor:
-        """[batch, seq, hidden] -> the same shape, each state from those up to it.
+        """[batch, seq, width] -> [batch, seq, hidden], each state from those up to it.
 
         Where `position_ids` [batch, seq] restart at 0 a new document begins, which attends to itself only. `cache` is
         given the keys and values, and has nothing yet.

@@ -108,13 +108,21 @@ class Eagle3Head(nn.Module):
         self.fc = nn.Linear(3 * hidden, hidden, bias=False, device=device, dtype=torch.float32)
         self.layer = EagleLayer(backbone)
         self.layer.layer = JoinedLayer(self.layer.layer, backbone)
+        self.layer.width = 2 * hidden
         self.norm = new_norm(backbone)
         for name, weight in backbone.norm.named_parameters():
             self.norm.get_parameter(name).data.copy_(whole(weight))
         self.projection = Projection(backbone.head_map(), (vocabulary.size, hidden))
-        self.projection.weight.data.copy_(whole(backbone.head.weight)[vocabulary.tokens().to(device)])
-        self.register_buffer("d2t", vocabulary.d2t.to(device))
-        self.register_buffer("t2d", vocabulary.t2d.to(device))
+        self.register_buffer("d2t", torch.empty(vocabulary.size, dtype=torch.int64, device=device))
+        self.register_buffer("t2d", torch.empty(backbone.vocab_size, dtype=torch.bool, device=device))
+        self.begin_with(vocabulary, backbone)
+
+    def begin_with(self, vocabulary: ReducedVocabulary, backbone: Backbone) -> None:
+        """Say these tokens, as many as before; the LM head becomes the target's over them."""
+        self.d2t.copy_(vocabulary.d2t)
+        self.t2d.copy_(vocabulary.t2d)
+        tokens = vocabulary.tokens().to(self.d2t.device)
+        self.projection.weight.data.copy_(whole(backbone.head.weight)[tokens])
 
     @property
     def vocabulary(self) -> ReducedVocabulary:

@@ -49,9 +49,7 @@ class Eagle3Model(FrozenTarget[Eagle3Head]):
                 by side, where they are known already.
         """
         with torch.no_grad():
-            *read, final = (
-                self._states(input_ids, position_ids) if features is None else features.chunk(4, -1)
-            )
+            *read, final = self.states(input_ids, position_ids) if features is None else features.chunk(4, -1)
             final = final.to(self.model.dtype)  # [batch, seq, hidden]
             embedded = self.backbone.embed(input_ids[:, 1:])
         ahead = labels_ahead(labels, self.steps, position_ids)  # [steps + 1, batch, seq]
@@ -64,7 +62,7 @@ class Eagle3Model(FrozenTarget[Eagle3Head]):
         measures = measure_chain(self.backbone, final, ahead, self._predict, outputs)
         return DraftTerms(total, losses, counts, measures)
 
-    def _states(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
+    def states(self, input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
         """The inputs of the head's three layers, and the final states, each [batch, seq, hidden]."""
         found: list[Tensor] = []
         hooks = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
@@ -79,7 +79,7 @@ class EagleModel(FrozenTarget[EagleHead]):
         position_ids: Tensor | None = None,
         *,
         features: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> DraftTerms:
         """The terms of one micro-batch: w_reg SmoothL1(f^, f) + w_ce CE(softmax(head(f)), head(f^)).
 
@@ -90,7 +90,7 @@ class EagleModel(FrozenTarget[EagleHead]):
             input_ids, labels, position_ids: [batch, seq] as for `labels_ahead`.
             weights: of regression and cross entropy; 1 and 0.1 in the paper, each over the places of the whole batch.
             features: [batch, seq, hidden], the model's final states where they are known already.
-            generator: of the noise, on the features' device; None: torch's own.
+            generators: of each row's noise, on the features' device; None: torch's own.
         """
         with torch.no_grad():
             if features is None:
@@ -99,9 +99,7 @@ class EagleModel(FrozenTarget[EagleHead]):
             embedded = self.backbone.embed(input_ids[:, 1:])
         entering = states[:, :-1].to(self.head.fc.weight.dtype)
         if self.training and self.noise:
-            shape, dtype, device = entering.shape, entering.dtype, entering.device
-            unit = torch.rand(shape, generator=generator, dtype=dtype, device=device)
-            entering = entering + self.noise * (2.0 * unit - 1.0)
+            entering = entering + noise_like(entering, self.noise, generators)
         ahead = labels_ahead(labels, 1 if self.training else self.steps, position_ids)
         positions = places(position_ids, input_ids)
         outputs = unrolled(self.head, embedded, entering, positions, len(ahead) - 1)
@@ -126,6 +124,14 @@ class EagleModel(FrozenTarget[EagleHead]):
 
     def _predict(self, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.backbone.at_head(output, lambda states, head: top_predictions(states, labels, head, TOP))
+
+
+def noise_like(states: Tensor, size: float, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """Uniform in +-size, [batch, seq, hidden]; a row with a generator has its own, whatever rows are beside it."""
+    noise = torch.empty_like(states)
+    for row, generator in zip(noise, generators or [None] * len(noise), strict=True):
+        row.uniform_(-size, size, generator=generator)
+    return noise
 
 
 def places(position_ids: Tensor | None, input_ids: Tensor) -> Tensor:

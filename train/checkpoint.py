@@ -32,13 +32,14 @@ def save_checkpoint(
     keep: int,
     metrics: Totals | None = None,
     stream: StreamState | None = None,
+    spared: int | None = None,
 ) -> Path:
     """Write `directory/step-N` after N finished steps and remove all but the newest `keep`. Every rank calls it.
 
-    `metrics` are the sums that have not been logged yet; `stream` is the main process's. Nobody goes on before the
-    checkpoint is there.
+    `metrics` are the sums that have not been logged yet; `stream` is the main process's, and so is `spared`, the step
+    of one that is not removed. Nobody goes on before the checkpoint is there.
     """
-    target = directory / f"{PREFIX}{step:08d}"
+    target = path_of(directory, step)
     partial = directory / f".{target.name}.partial"
     accelerator = engine.accelerator
     if accelerator.is_main_process:
@@ -59,10 +60,10 @@ def save_checkpoint(
         }
         (partial / "state.json").write_text(json.dumps(told) + "\n")
         replace_directory(partial, target)
+        spare = None if spared is None else path_of(directory, spared)
         for path in list_checkpoints(directory)[:-keep]:
-            shutil.rmtree(
-                path.rename(path.with_name(f".{path.name}.old"))
-            )  # never half of one under its name
+            if path != spare:  # never half of one under its name
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")))
     accelerator.wait_for_everyone()
     return target
 
@@ -100,6 +101,11 @@ def _refuse_other_engine(path: Path, told: dict[str, Any], engine: Engine) -> No
             f"checkpoint {path} was written by engine '{told['engine']}' on {told['processes']} process(es) and this "
             f"is '{engine.name}' on {engine.accelerator.num_processes}; launch it as before, or pass --fresh"
         )
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"{PREFIX}{step:08d}"
 
 
 def list_checkpoints(directory: Path) -> list[Path]:

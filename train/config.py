@@ -60,7 +60,7 @@ class CheckpointConfig(Section):
     every: int | None = Field(
         None, ge=1, description="optimizer steps; default: only when interrupted and at the end"
     )
-    keep: int = Field(2, ge=1, description="how many to keep")
+    keep: int = Field(2, ge=1, description="how many to keep, beside the one that heads are exported from")
 
 
 class DecodeConfig(Section):
@@ -81,7 +81,8 @@ class EvaluateConfig(Section):
     sequences: int | None = Field(None, ge=1, description="evaluate on that many; default: all")
     decode: DecodeConfig | None = Field(
         None,
-        description="decode at every checkpoint; default: only at the end, for the suggestion in run.json",
+        description="decode at every checkpoint; heads are exported from the one that drafts best; "
+        "default: only at the end, for the suggestion in run.json",
     )
 
 

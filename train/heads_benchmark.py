@@ -24,7 +24,7 @@ from train.evaluation import to_device
 from train.loop import train_step
 from train.metrics import MetricSums
 from train.objectives.base import Batch
-from train.objectives.heads import HeadsObjective
+from train.objectives.drafting import DraftingObjective
 from train.processes import join
 from train.run import Run, set_up
 
@@ -125,9 +125,9 @@ def timed_updates(run: Run, seconds: list[float]) -> Iterator[None]:
         del engine.clip, optimizer.step
 
 
-def heads_of(run: Run) -> HeadsObjective[Any]:
+def heads_of(run: Run) -> DraftingObjective[Any]:
     """The objective. Raises UserError for one that this cannot time."""
-    if not isinstance(run.objective, HeadsObjective):
+    if not isinstance(run.objective, DraftingObjective):
         raise UserError(f"objective.kind: {run.recipe.objective.kind} cannot be timed beside a frozen model")
     return run.objective
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from layerskip_model.errors import UserError
+from train.best import find_best, is_choosing, is_measured, put_best_back, remember
 from train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from train.config import Recipe
 from train.data.stream_rows import StreamState
@@ -66,6 +67,8 @@ def fit(run: Run) -> None:
     recipe, total = run.recipe, run.recipe.total_steps
     sums = MetricSums()
     start, stream = resume(run, sums)
+    if start and is_kept(recipe, start) and is_choosing(run) and not is_measured(run, start):
+        measure(run, start, {})  # it was stopped in between
     stop = StopRequest()
     batches = run.data.batches(
         run.training_rows,
@@ -91,13 +94,15 @@ def fit(run: Run) -> None:
                     log_step(run, done, sums, progress)
                 progress.advance(done)
                 with progress.paused():
-                    if due(recipe.evaluate.every, done) and not last:
-                        run.log.write(done, evaluate(run, done))
-                    saving = due(recipe.checkpoint.every, done) or last
+                    heldout: dict[str, float] = {}
+                    if is_evaluated(recipe, done):
+                        heldout = evaluate(run, done)
+                        run.log.write(done, heldout)
+                    saving = is_kept(recipe, done)
                     if saving or stopping:
                         checkpoint(run, done, sums, batches.state())
                     if saving:  # after the checkpoint: whatever goes wrong in a decode, no steps are lost
-                        run.log.write(done, decode(run, done))
+                        measure(run, done, heldout)
                 if stopping and not last:
                     raise interruption(done, total)
         except SourceLost:  # on every rank, before the step that lacks data
@@ -188,14 +193,31 @@ def checkpoint(run: Run, done: int, sums: MetricSums, stream: StreamState | None
     totals = sums.totals(run.accelerator)
     refuse_divergence(run, done, {name: total for name, (total, _) in totals.items()})
     directory, keep = run.directory / CHECKPOINTS_NAME, run.recipe.checkpoint.keep
-    saved = save_checkpoint(directory, done, run.engine, keep, totals, stream)
+    best = find_best(run) if is_choosing(run) else None
+    spared = None if best is None else best.step
+    saved = save_checkpoint(directory, done, run.engine, keep, totals, stream, spared)
     run.log.say_once(f"checkpoints in {directory}, {megabytes(saved)} each")
 
 
+def measure(run: Run, done: int, heldout: dict[str, float]) -> None:
+    """Decode with a checkpoint that has just been saved, and keep how it drafts where the best one is exported.
+
+    `heldout` are its metrics on held-out data, if they are known.
+    """
+    decoded = decode(run, done)
+    if is_choosing(run):
+        heldout = heldout or evaluate(run, done)
+        remember(run, done, decoded, heldout)
+        if not is_evaluated(run.recipe, done):  # else they have been logged, before the checkpoint
+            run.log.write(done, heldout)
+    run.log.write(done, decoded)
+
+
 def finish(run: Run) -> None:
-    """Evaluate once more, export, and write run.json last: it marks the run as finished."""
+    """Export, with the metrics of what is exported, and write run.json last: it marks the run as finished."""
     steps = run.recipe.total_steps
-    heldout = evaluate(run, steps)
+    best = put_best_back(run)
+    heldout = evaluate(run, steps) if best is None else best.measured.heldout
     plain = {name.removeprefix("heldout/"): value for name, value in heldout.items()}
     suggestion = suggest(run, plain)
     state = run.engine.whole_state()
@@ -207,7 +229,8 @@ def finish(run: Run) -> None:
 
         write_export(run.directory, write)
         shutil.copyfile(run.data.heldout_prompts, run.directory / HELDOUT_NAME)
-        run.log.write(steps, heldout)
+        if best is None:
+            run.log.write(steps, heldout)
         write_run_file(
             run.directory,
             run.recipe,
@@ -220,6 +243,7 @@ def finish(run: Run) -> None:
                 "processes": run.accelerator.num_processes,
             },
             heads=run.objective.exported_heads(),
+            best=None if best is None else best.told(),
         )
         place, gain = run.directory / EXPORT_NAME, gain_in_words(suggestion)
         run.log.say(f"exported to {place}, {megabytes(place)}{gain}")
@@ -230,6 +254,16 @@ def megabytes(directory: Path) -> str:
     """The size of all files in a directory."""
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     return f"{size / 1e6:,.1f} MB"
+
+
+def is_evaluated(recipe: Recipe[Any], done: int) -> bool:
+    """Whether the recipe asks for held-out metrics after so many steps; the last ones come with the export."""
+    return due(recipe.evaluate.every, done) and done != recipe.total_steps
+
+
+def is_kept(recipe: Recipe[Any], done: int) -> bool:
+    """Whether the recipe asks for a checkpoint after so many steps."""
+    return due(recipe.checkpoint.every, done) or done == recipe.total_steps
 
 
 def due(every: int | None, done: int) -> bool:

@@ -77,6 +77,10 @@ def set_up(recipe: Recipe[Any], directory: Path, state: PartialState) -> Run:
     model = build_model(recipe.model, data.tokenizer, length, recipe.seed)
     torch.manual_seed(recipe.seed)  # new weights of the objective: the same on every rank
     objective = OBJECTIVES[recipe.objective.kind].build(recipe, model)
+    training_rows = objective.rows(data.training, "train")  # which may decide on what trains
+    heldout_rows = objective.rows(data.heldout, "heldout")
+    for note in objective.notes():
+        log.say(note)
     optimizer = build_optimizer(recipe.optimizer, objective)
     trained = sum(full_size(p) for p in objective.parameters() if p.requires_grad)
     log.say(
@@ -89,7 +93,7 @@ def set_up(recipe: Recipe[Any], directory: Path, state: PartialState) -> Run:
         directory=directory,
         engine=new_engine(accelerator, objective, optimizer),
         data=data,
-        training_rows=objective.rows(data.training, "train"),
-        heldout_rows=objective.rows(data.heldout, "heldout"),
+        training_rows=training_rows,
+        heldout_rows=heldout_rows,
         log=log,
     )

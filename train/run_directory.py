@@ -127,11 +127,13 @@ def write_run_file(
     heldout: dict[str, float],
     progress: dict[str, Any],
     heads: str | None = None,
+    best: dict[str, Any] | None = None,
 ) -> None:
     """run.json, the handoff to evaluation: `python -m eval benchmark --run DIR` needs nothing else.
 
     `heads` is the folder of the export that holds some; "." is the export itself, and then `base` is the model that
-    the recipe names. The fingerprint is that of `base`.
+    the recipe names. The fingerprint is that of `base`. `best` says which checkpoint was exported and why, where some
+    were compared.
     """
     base = recipe.model.name_or_path if heads == "." else None
     content = {
@@ -143,6 +145,7 @@ def write_run_file(
         "heldout": HELDOUT_NAME,
         "suggested": suggestion,
         "training": progress,
+        "best": best,
         "heldout_metrics": heldout,
         "recipe": RECIPE_NAME,
         "command": command_line(),

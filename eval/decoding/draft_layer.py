@@ -7,6 +7,8 @@ from torch import Tensor
 
 from eval.decoding.acceptance import Greedy
 from eval.decoding.drafters.base import State
+from eval.decoding.tree import Draft
+from layerskip_model.context import Context
 from layerskip_model.draft_layer import DraftLayer
 from layerskip_model.errors import UserError
 from layerskip_model.layer_runner import LayerRunner
@@ -25,18 +27,43 @@ class LayerState(State):
     def __init__(self, runner: LayerRunner, target: State, max_nodes: int) -> None:
         """`max_nodes`: the most that is run after the committed ones, in one draft or `extend` after the first."""
         super().__init__(runner, target.texts, target.horizon, max_nodes, target.rule, target.streams)
+        self._has_root = False
 
-    def extend(self, inputs: Tensor, counts: list[int]) -> Tensor:
+    def extend(self, inputs: Tensor, counts: list[int], *, with_root: bool = False) -> Tensor:
         """Run what enters the first layer at each row's next places, and commit to the first counts[b] of row b.
 
-        [batch, n, hidden] -> what leaves the last layer, the same shape. The rest of a row is padding: what is
-        committed does not see it.
+        [batch, n, width] -> what leaves the last layer, [batch, n, hidden]. The rest of a row is padding: what is
+        committed does not see it. `with_root`: the last place of each row is node 0 of the drafts that follow, and
+        committed by the next call; there are no other calls then.
         """
-        context = self.chain_context(0, inputs.shape[1])
+        context = self.chain_context(int(self._has_root), inputs.shape[1])
         outputs = self.runner.run(inputs.to(self.runner.dtype), 0, self.runner.num_layers, context)
-        self.cache.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        more = int(self._has_root) - int(with_root)
+        self._has_root = with_root
+        self.cache.lengths = [
+            length + count + more for length, count in zip(self.lengths, counts, strict=True)
+        ]
         self.begin_step([0] * self.batch, [1] * self.batch, [False] * self.batch)
         return outputs
+
+    def tree_context(self, level: Tensor, visible: Tensor, first: int, stop: int) -> Context:
+        """The context to run nodes first..stop-1 of a draft, in the order of running; node 0 is the root.
+
+        `level` below the root, [batch or 1, stop or more]; `visible`, who sees whom, [batch or 1, as many, as many].
+        """
+        level = level[:, :stop].expand(self.batch, -1)
+        true = self._true[:, :stop].expand(self.batch, -1)
+        draft = Draft(
+            tokens=level,
+            parents=level,
+            position=self.length + level,
+            slot=self.length + self._nodes[:, 1 : stop + 1],
+            valid=true,
+            candidate=true,
+            visible=visible[:, :stop, :stop].expand(self.batch, -1, -1),
+            in_order=True,
+        )
+        return self.context(draft, first, stop)
 
 
 @torch.inference_mode()
@@ -45,7 +72,7 @@ def draft_layer_runner(runner: Runner, layer: DraftLayer) -> LayerRunner:
 
     Raises UserError where its states would not be what the layer's own forward makes in training.
     """
-    inputs = _sample(layer, runner.backbone.hidden_size)
+    inputs = _sample(layer)
     expected = layer(inputs)
     allowed = TOLERANCE[inputs.dtype] * expected.abs().max().item()
     difference = float("nan")
@@ -68,10 +95,10 @@ def draft_layer_runner(runner: Runner, layer: DraftLayer) -> LayerRunner:
     )
 
 
-def _sample(layer: DraftLayer, hidden: int) -> Tensor:
-    """Some states to compare with, [1, rows, hidden], of the layer's dtype."""
+def _sample(layer: DraftLayer) -> Tensor:
+    """Some inputs to compare with, [1, rows, width], of the layer's dtype."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, sum(CHUNKS), hidden, generator=generator).to(next(layer.layer.parameters()))
+    return torch.randn(1, sum(CHUNKS), layer.width, generator=generator).to(next(layer.layer.parameters()))
 
 
 def _in_chunks(runner: LayerRunner, inputs: Tensor) -> Tensor:

@@ -18,6 +18,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Shape:
+    """How a tree may grow: `depth` levels, `width` children of a node and nodes of a level that get any, `count` kept.
+
+    With a width of 1 it is a chain of first choices.
+    """
+
+    depth: int
+    width: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The shape of a tree that grows: what is known before any token is.
 

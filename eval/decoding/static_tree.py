@@ -125,6 +125,8 @@ class Layout:
         rank: of each node but the root, [n - 1].
         path_to_inner: level -> the nodes on the way from the root to each of its inner nodes, itself included,
             [inner, level + 1].
+        inner_nodes: those of all levels, [m]; those of a level begin at `inner_first[level]` among them.
+        inner_parents: of each of them, among them, [m]; the root's is 0.
     """
 
     def __init__(self, shape: TreeShape, device: torch.device) -> None:
@@ -158,6 +160,11 @@ class Layout:
             for level in levels[:-1]
         ]
         self.path_to_inner = [torch.tensor(way, device=device) for way in ways]
+        inner = [number[path] for path in order if path in has_children]
+        among = {node: place for place, node in enumerate(inner)}
+        self.inner_nodes = torch.tensor(inner, device=device)
+        self.inner_first = [sum(self.inner[:depth]) for depth in range(len(levels))]
+        self.inner_parents = torch.tensor([0] + [among[parents[node]] for node in inner[1:]], device=device)
 
     @cached_property
     def depth(self) -> int:

@@ -6,6 +6,8 @@ from typing import Any
 
 from eval.decoding.drafters.autoregressive import Autoregressive
 from eval.decoding.drafters.base import Drafter
+from eval.decoding.drafters.eagle import Eagle
+from eval.decoding.drafters.eagle2 import Eagle2, Eagle3
 from eval.decoding.drafters.hydra import Hydra
 from eval.decoding.drafters.lookahead import Lookahead
 from eval.decoding.drafters.medusa import Medusa
@@ -24,6 +26,9 @@ STRATEGIES: dict[str, type[Drafter]] = {
     "lookahead": Lookahead,
     "medusa": Medusa,
     "hydra": Hydra,
+    "eagle": Eagle,
+    "eagle2": Eagle2,
+    "eagle3": Eagle3,
 }
 ALIASES = {"greedy": "autoregressive"}
 

@@ -127,7 +127,7 @@ def test_tokens_and_targets_of_a_hand_made_example(monkeypatch: pytest.MonkeyPat
 def test_it_reads_what_enters_its_three_layers(kind: str) -> None:
     module = some_model(kind)
     tokens, _, positions = packed_batch()
-    found = module._states(tokens, positions)
+    found = module.states(tokens, positions)
     whole = module.model(tokens, position_ids=positions, use_cache=False, output_hidden_states=True)
     for state, layer in zip(found, (*READS, 4), strict=True):
         torch.testing.assert_close(state, whole.hidden_states[layer])
@@ -137,7 +137,7 @@ def test_it_reads_what_enters_its_three_layers(kind: str) -> None:
 def test_features_that_are_known_are_not_computed() -> None:
     module = some_model().train()
     tokens, labels, positions = packed_batch()
-    known = torch.cat(module._states(tokens, positions), dim=-1).detach()
+    known = torch.cat(module.states(tokens, positions), dim=-1).detach()
     online = module(tokens, labels, WEIGHTS, positions)
     module.model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     assert torch.equal(module(tokens, labels, WEIGHTS, positions, features=known).total, online.total)
@@ -165,7 +165,7 @@ def test_agreement_is_of_the_targets_tokens(reduced: bool) -> None:
     measures = found.measures
     assert measures is not None
     own = module.model(tokens, position_ids=positions, use_cache=False).logits.argmax(-1)
-    *read, _ = module._states(tokens, positions)
+    *read, _ = module.states(tokens, positions)
     head, embedded = module.head, module.backbone.embed(tokens)[:, 1:]
     features = head.features([state[:, :-1] for state in read])
     agreed = []

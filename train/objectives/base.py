@@ -70,6 +70,10 @@ class Objective(nn.Module, Generic[Config]):
         """
         return windows
 
+    def notes(self) -> list[str]:
+        """What the log should tell about what `rows` made of the data. Default: nothing."""
+        return []
+
     def features(self) -> States | None:
         """What of a frozen model the method learns from, so that it can be computed once. Default: nothing.
 

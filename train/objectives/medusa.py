@@ -24,14 +24,8 @@ from layerskip_model.runner import Runner
 from train.export import export_model
 from train.metrics import Metrics
 from train.objectives.base import Batch
-from train.objectives.heads import (
-    OWN,
-    HeadsObjective,
-    check_fits,
-    inside,
-    place_of_earlier,
-    require_same,
-)
+from train.objectives.drafting import OWN, inside, place_of_earlier
+from train.objectives.heads import HeadsObjective, check_fits, require_same
 from train.objectives.medusa_config import MedusaConfig
 from train.section import Section
 
