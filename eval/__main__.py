@@ -1,4 +1,4 @@
-"""python -m eval {generate, benchmark, correctness, tree, exits, answers, compare}; flags with _ or with -."""
+"""python -m eval {generate, benchmark, correctness, tree, doctor, exits, answers, compare}; flags with _ or with -."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def generate(
         flag(
             "generation_strategy",
             "autoregressive (alias greedy), self_speculative, speculative_sampling, prompt_lookup, lookahead, "
-            "medusa or hydra",
+            "medusa, hydra, eagle, eagle2 or eagle3",
         ),
     ] = "autoregressive",
     max_steps: Annotated[int, flag("max_steps", "new tokens at most")] = 512,
@@ -282,6 +282,7 @@ def answers(
 @app.command()
 @with_flags
 def tree(
+    *,
     loading: Loading,
     draft: Annotated[
         str | None,
@@ -293,27 +294,72 @@ def tree(
     ] = None,
     max_steps: Annotated[int, flag("max_steps", "new tokens a prompt")] = 128,
     max_nodes: Annotated[int, flag("max_nodes", "nodes of the largest tree that is looked at")] = 63,
+    sample: Annotated[
+        str, flag("sample", "True: the best for drawn tokens; False: for greedy ones", metavar="TRUE|FALSE")
+    ] = "False",
+    choosing: ChoosingFlags,
     output_dir: Annotated[
         str | None, flag("output_dir", "where tree.json goes, made if need be; default: beside the heads")
     ] = None,
 ) -> None:
     """Find the tree that gives the most tokens per second with these heads on this machine; tree.json beside them.
 
-    From how often the heads are right on the model's own continuations, and what steps with trees of all sizes take.
+    From how often the heads are right on the model's own continuations, what steps with trees of all sizes take, and
+    a race of the best. For an EAGLE head: chains, trees that grow, and for EAGLE-1's strategy a static tree.
     """
     from rich.console import Console
 
-    from eval.tree_report import place_beside, save_tree, summary, tree_tables
-    from eval.tree_search import Request, draft_name, search_tree
+    from eval.choosing import Choosing
+    from eval.tree_report import place_beside, save_trees, summary, tree_tables
+    from eval.tree_search import Request, draft_name, search_trees
 
-    request = Request(dataset, num_samples, max_steps, max_nodes)
+    request = Request(dataset, num_samples, max_steps, max_nodes, Choosing(truth(sample), **given(choosing)))
     target = loading.load()
     name = draft_name(target, draft)
     with output_directory(output_dir or place_beside(name)) as place:
         assert place is not None
-        search = search_tree(target, name, request)
-        Console().print(*tree_tables(search))
-        print(summary(search, save_tree(target, search, request, place)))
+        found = search_trees(target, name, request)
+        Console().print(*tree_tables(found))
+        print(summary(found, save_trees(target, found, request, place)))
+
+
+@app.command()
+@with_flags
+def doctor(
+    loading: Loading,
+    draft: Annotated[
+        str | None,
+        flag("draft", "directory of heads, or the run that trained them; default: those of the --run"),
+    ] = None,
+    dataset: Annotated[str, flag("dataset", "a JSONL file with prompt or turns, or heldout")] = "heldout",
+    num_samples: Annotated[
+        int | None, flag("num_samples", "prompts; default: 16, or all of a smaller file")
+    ] = None,
+    max_steps: Annotated[int, flag("max_steps", "new tokens a prompt")] = 64,
+    output_dir: OutputDir = None,
+) -> None:
+    """Check whether drafting heads belong to a model and are told the right things; exit status 1 if not.
+
+    Weights, sizes, layers and RoPE; what they say against what they said when they were exported; how many drafts the
+    model's own text would accept. With --output_dir: doctor.json.
+    """
+    from rich.console import Console
+
+    from eval.doctor import examine
+    from eval.doctor_report import examination_tables, save_examination, verdict
+    from eval.head_acceptance import Request
+    from eval.tree_search import draft_name
+
+    request = Request(dataset, num_samples, max_steps)
+    with output_directory(output_dir) as place:
+        target = loading.load()
+        examination = examine(target, draft_name(target, draft), request)
+        Console().print(*examination_tables(examination))
+        print(verdict(examination))
+        if place is not None:
+            save_examination(examination, place)
+    if not examination.is_sound:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from eval.strategy_spec import (
     BASELINE,
     EXITS,
     PEERS,
+    SAME_HEADS,
     Spec,
     check_given,
     parse_spec,
@@ -141,12 +142,15 @@ def default_entries(target: Target, settings: dict[str, Any]) -> list[str]:
         entries.append(EXITS)
         if not any(name in settings for name in VARIANTS):
             entries += [f"{EXITS}:draft_stop=confidence", f"{EXITS}:draft_tree"]
+    drafting = None
     if "draft" in settings:
-        entries.append(drafting_strategy(settings["draft"]))
+        drafting = drafting_strategy(settings["draft"])
     elif target.run is not None and target.run.heads is not None:
-        entries.append(target.run.strategy)
+        drafting = target.run.strategy
+    if drafting is not None:
+        entries += [drafting, *SAME_HEADS.get(drafting, ())]
     entries += ["prompt_lookup", "lookahead"]
-    masked = ("draft_tree", "lookahead", "medusa", "hydra")
+    masked = ("draft_tree", "lookahead", "medusa", "hydra", "eagle", "eagle2", "eagle3")
     return [one for one in entries if target.runner.takes_masks or not one.endswith(masked)]
 
 

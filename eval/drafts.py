@@ -35,8 +35,8 @@ def with_loaded_drafts(target: Target, strategy: str, settings: dict[str, Any]) 
         settings["draft"] = loaded(
             target, get_type_hints(STRATEGIES[strategy].Settings)["draft"], settings["draft"]
         )
-        if isinstance(settings["draft"], DraftHeads) and settings.get("tree") is None:
-            say_default(settings["draft"].name, settings["draft"].tree)
+        if isinstance(settings["draft"], DraftHeads):
+            say_default(strategy, settings)
     draft, tree = settings.get("draft"), settings.get("tree")
     if isinstance(draft, DraftHeads) and isinstance(tree, str):
         settings["tree"] = named_tree(tree, draft.number)

@@ -81,25 +81,33 @@ class Drafting:
         bool | None, flag("draft_tree", "draft a tree in place of a chain (self_speculative)")
     ] = None
     tree_top_k: Annotated[
-        int | None, flag("tree_top_k", "with --draft_tree: children of a node, and nodes that go on a level")
+        int | None,
+        flag(
+            "tree_top_k",
+            "children of a node, and nodes that go on a level (--draft_tree, eagle2, eagle3; there 1 is a chain)",
+        ),
     ] = None
     tree_tokens: Annotated[
-        int | None, flag("tree_tokens", "drafts of the tree that are verified (--draft_tree, medusa, hydra)")
+        int | None,
+        flag(
+            "tree_tokens",
+            "drafts of the tree that are verified (--draft_tree, and all that draft with heads)",
+        ),
     ] = None
     draft: Annotated[
         str | None,
         flag(
             "draft",
-            "directory or hub name of a draft model (speculative_sampling, hf_assisted) or of heads (medusa, hydra), "
-            "which may be the run that trained them",
+            "directory or hub name of a draft model (speculative_sampling, hf_assisted) or of heads (medusa, hydra, "
+            "eagle, eagle2, eagle3), which may be the run that trained them",
         ),
     ] = None
     tree: Annotated[
         str | None,
         flag(
             "tree",
-            "chain, the name of a published tree, or a tree's JSON file (medusa, hydra); default: the tree beside "
-            "the heads, else a chain, on a GPU medusa_mc_sim_7b_63",
+            "chain, the name of a published tree, or a tree's JSON file (medusa, hydra, eagle); default: the tree "
+            "beside the heads, else a chain, on a GPU medusa_mc_sim_7b_63, for EAGLE's eagle_mc_sim_7b_63",
         ),
     ] = None
     max_ngram: Annotated[

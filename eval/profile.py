@@ -175,6 +175,9 @@ class _TimedRule(Rule):
     def preferences(self, state: State, logits: Tensor, draft: Draft) -> Tensor:
         return self.clock.timed("choosing drafts", self.rule.preferences, state, logits, draft)
 
+    def first_choice(self, state: State, logits: Tensor, tokens: list[Tensor]) -> Tensor:
+        return self.clock.timed("choosing drafts", self.rule.first_choice, state, logits, tokens)
+
     def draft(self, state: State, logits: Tensor, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         return self.clock.timed("choosing drafts", self.rule.draft, state, logits, tokens)
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BASELINE = "autoregressive"
 EXITS = "self_speculative"
+SAME_HEADS = {"eagle2": ("eagle",)}
+"""strategy -> others that draft with the same heads"""
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,14 @@ def settings_for(spec: Spec, target: Target, given: dict[str, Any]) -> dict[str,
 def suggested(target: Target, strategy: str, given: dict[str, Any]) -> dict[str, Any]:
     """What the target's run suggests for a strategy of ours: nothing but for the one that it was made for.
 
-    How deep heads should draft is about what they draft by default; other heads, and a tree that is given or lies
-    beside them, have a depth of their own.
+    Its heads for others that draft with the same. How deep heads should draft is about what they draft by default;
+    other heads, and a tree that is given or lies beside them, have a depth of their own.
     """
     run = target.run
-    if run is None or run.strategy != strategy:
+    if run is None:
         return {}
+    if run.strategy != strategy:
+        return {"draft": str(run.heads)} if strategy in SAME_HEADS.get(run.strategy, ()) else {}
     found = dict(run.suggested)
     if {"draft", "tree"} & given.keys() or (run.heads is not None and has_tree(run.heads)):
         found.pop("num_speculations", None)

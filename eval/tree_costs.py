@@ -5,15 +5,15 @@ from __future__ import annotations
 import statistics
 from bisect import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from eval.choosing import Choosing, make_rule
 from eval.clock import now
 from eval.decoding.acceptance import Rule
 from eval.decoding.drafters.base import Drafter, State
 from eval.decoding.drafters.heads import HeadsDrafter
+from eval.decoding.growing import Shape
 from eval.decoding.speculate import keep, prefill, verify
 from eval.decoding.static_tree import TreeShape
 from eval.decoding.strategies import make_drafter
@@ -21,11 +21,12 @@ from eval.strategy_spec import BASELINE
 from eval.target import Target
 from eval.tree_ranks import with_bar
 
-REPEATS = 25
+REPEATS = 13
 WARM_UPS = 2
 
+AnyShape = TreeShape | Shape
 Curve = dict[int, float]
-"""nodes -> seconds"""
+"""nodes, or levels -> seconds"""
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Costs:
         plain: of plain decoding.
         chain_verify, chain_draft: of chains, by their length.
         tree_verify: of other trees, by their nodes.
-        tree_draft: of other trees, by their depth and their nodes.
+        tree_draft: of other trees: of static ones by their depth and their nodes, of dynamic ones by their width and
+            their depth, since they propose the same however many nodes are kept.
         length: tokens in the cache meanwhile.
     """
 
@@ -47,11 +49,34 @@ class Costs:
     tree_draft: dict[int, Curve] = field(default_factory=dict)
     length: int = 0
 
-    def of(self, shape: TreeShape) -> tuple[float, float]:
+    def of(self, shape: AnyShape) -> tuple[float, float]:
         """Seconds to draft a tree and to verify it, between the sizes that were measured by a straight line."""
         if shape.is_chain:
             return self.chain_draft[shape.size], self.chain_verify[shape.size]
-        return between(self.tree_draft[shape.depth], shape.size), between(self.tree_verify, shape.size)
+        curve, at = drafting_place(shape)
+        return between(self.tree_draft[curve], at), between(self.tree_verify, shape.size)
+
+    def at_least(self, depth: int) -> float:
+        """Seconds that no tree of that depth can do without: those of the chain, as far as chains were measured."""
+        chain = min(depth, max(self.chain_draft))
+        return self.chain_draft[chain] + self.chain_verify[chain]
+
+    def with_trees(self, trees: Costs) -> Costs:
+        """The same with what was measured of trees at another time, in the same plain steps."""
+        pace = self.plain / trees.plain
+        verify = {size: pace * seconds for size, seconds in trees.tree_verify.items()}
+        draft = {
+            curve: {at: pace * seconds for at, seconds in values.items()}
+            for curve, values in trees.tree_draft.items()
+        }
+        return replace(
+            self, tree_verify=rising(self.tree_verify | verify), tree_draft=self.tree_draft | draft
+        )
+
+
+def drafting_place(shape: AnyShape) -> tuple[int, int]:
+    """The curve of `Costs.tree_draft` that a tree belongs to, and its place there."""
+    return (shape.depth, shape.size) if isinstance(shape, TreeShape) else (shape.width, shape.depth)
 
 
 def between(curve: Curve, at: int) -> float:
@@ -88,11 +113,12 @@ def sizes_to_measure(most: int) -> list[int]:
 
 def measure_costs(
     target: Target,
-    make: Callable[[TreeShape], HeadsDrafter],
-    shapes: Sequence[TreeShape],
+    make: Callable[[AnyShape], Drafter],
+    shapes: Sequence[AnyShape],
     text: list[int],
+    rule: Rule,
 ) -> Costs:
-    """Time steps that draft these trees after `text`, and plain ones, in turn; medians.
+    """Time steps that draft these trees after `text`, and plain ones, in turn; see `usual`.
 
     A step goes as in `eval.decoding.speculate`: propose, verify, accept, keep and advance, a draft or none accepted.
     """
@@ -100,7 +126,7 @@ def measure_costs(
     text = text[: max(1, target.runner.context_length - depth - 2)]
     drafters: list[Drafter] = [make_drafter(BASELINE, target.runner), *map(make, shapes)]
     seconds: list[list[tuple[float, float]]] = [[] for _ in drafters]
-    bench = _Bench(target, drafters, text, depth)
+    bench = _Bench(target, drafters, text, depth, rule)
     rounds = range(-WARM_UPS, REPEATS)
     for turn in with_bar(rounds, "measuring steps"):
         for index in range(len(drafters)):
@@ -108,29 +134,37 @@ def measure_costs(
             taken = bench.step(drafters[which])
             if turn >= 0:
                 seconds[which].append(taken)
-    costs = Costs(plain=statistics.median(map(sum, seconds[0])), length=len(text))
+    costs = Costs(plain=usual([sum(one) for one in seconds[0]]), length=len(text))
     verify_seconds: dict[int, list[float]] = {}
     for shape, found in zip(shapes, seconds[1:], strict=True):
-        drafting, verifying = statistics.median(draft for draft, _ in found), [rest for _, rest in found]
+        drafting, verifying = usual([draft for draft, _ in found]), [rest for _, rest in found]
         if shape.is_chain:
             costs.chain_draft[shape.size] = drafting
-            costs.chain_verify[shape.size] = statistics.median(verifying)
+            costs.chain_verify[shape.size] = usual(verifying)
         else:
-            costs.tree_draft.setdefault(shape.depth, {})[shape.size] = drafting
+            curve, at = drafting_place(shape)
+            costs.tree_draft.setdefault(curve, {})[at] = drafting
             verify_seconds.setdefault(shape.size, []).extend(verifying)
-    costs.tree_verify = rising({size: statistics.median(values) for size, values in verify_seconds.items()})
-    costs.tree_draft = {depth: rising(curve) for depth, curve in costs.tree_draft.items()}
+    costs.tree_verify = rising({size: usual(values) for size, values in verify_seconds.items()})
+    costs.tree_draft = {curve: rising(values) for curve, values in costs.tree_draft.items()}
     return costs
+
+
+def usual(seconds: Sequence[float]) -> float:
+    """The lower quartile: what disturbs a step makes it longer, and on a busy machine may disturb most of them."""
+    return statistics.quantiles(seconds, n=4)[0]
 
 
 class _Bench:
     """A decode that stands still: the same text in the cache before every step."""
 
-    def __init__(self, target: Target, drafters: Sequence[Drafter], text: list[int], depth: int) -> None:
+    def __init__(
+        self, target: Target, drafters: Sequence[Drafter], text: list[int], depth: int, rule: Rule
+    ) -> None:
         runner = target.runner
         self.device = runner.device
         self.text = text
-        self.rule: Rule = make_rule(target, Choosing())
+        self.rule = rule
         most = max(drafter.max_nodes for drafter in drafters)
         self.state = State(runner, [text], len(text) + depth + 2, most, self.rule)
         self.rule.begin(self.state)
@@ -154,6 +188,7 @@ class _Bench:
         outcome = self.rule.accept(state, logits, draft)
         outcome.states.update(states)
         outcome.path[0] = likely_path(drafter, draft.num_nodes)
+        outcome.tokens[0] = [0] * len(outcome.path[0])  # whatever they are, they cost the same
         keep(state, outcome)
         times.append(now(self.device))
         drafter.advance(outcome)
@@ -163,7 +198,10 @@ class _Bench:
 
 
 def likely_path(drafter: Drafter, nodes: int) -> list[int]:
-    """The root and a child of it: in a tree the last one, which has children and has to be moved in the cache."""
+    """The root and a child of it: in a static tree the last one, which has children and has to be moved in the cache.
+
+    Node 1 of a dynamic tree is the likeliest child of the root.
+    """
     if nodes == 1:
         return [0]
     return [0, drafter.layout.sizes[1]] if isinstance(drafter, HeadsDrafter) else [0, 1]

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 
 from eval.choosing import Choosing, make_rule
-from eval.decoding.acceptance import Greedy
+from eval.decoding.acceptance import Rule
 from eval.decoding.drafters.base import State
 from eval.decoding.drafters.heads import HeadsDrafter
 from eval.decoding.speculate import decode, prefill
@@ -23,17 +23,31 @@ from eval.target import Target
 
 TOP = 10  # ranks that are looked at: 0..9
 MISSING = -1  # in place of a rank: the text ends before that token
-TOGETHER = 8  # prompts in a batch
+TOGETHER = 16  # prompts in a batch
 SHOWN = (1, 3, 5, 10)
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt with its continuation by the target: `tokens`, the first `given` of them the prompt's."""
+    """A prompt with its continuation by the target: `tokens`, the first `given` of them the prompt's.
+
+    `stream`: that of the random numbers which the continuation was drawn with.
+    """
 
     tokens: list[int]
     given: int
+    stream: int = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's tokens."""
+        return self.tokens[: self.given]
+
+    @property
+    def new(self) -> list[int]:
+        """The continuation's."""
+        return self.tokens[self.given :]
 
 
 @dataclass(frozen=True)
@@ -57,8 +71,13 @@ def with_bar(items: Sequence[Item], title: str) -> Iterable[Item]:
     return track(items, title, console=console, transient=True, disable=not console.is_terminal)
 
 
-def continued(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Text]:
-    """Those of the prompts that fit the context, with the target's greedy continuations. UserError if none does."""
+def continued(
+    target: Target, prompts: Sequence[Prompt], max_new_tokens: int, choosing: Choosing | None = None
+) -> list[Text]:
+    """Those of the prompts that fit the context, with the target's continuations, by default its greedy ones.
+
+    UserError if none fits.
+    """
     size = min(TOGETHER if target.runner.takes_masks else 1, len(prompts))
     batches, unfit = make_batches(target, list(prompts), size)
     if not batches:
@@ -71,35 +90,41 @@ def continued(target: Target, prompts: Sequence[Prompt], max_new_tokens: int) ->
             batch.tokens,
             max_new_tokens=max_new_tokens,
             eos_token_ids=target.eos_token_ids,
-            rule=make_rule(target, Choosing()),
+            rule=make_rule(target, choosing or Choosing()),
+            streams=batch.streams,
         )
         texts += [
-            Text(prompt + row.tokens, len(prompt)) for prompt, row in zip(batch.tokens, rows, strict=True)
+            Text(prompt + row.tokens, len(prompt), stream)
+            for prompt, row, stream in zip(batch.tokens, rows, batch.streams, strict=True)
         ]
     return texts
 
 
 @torch.inference_mode()
-def text_ranks(drafter: HeadsDrafter, text: Text) -> Tensor:
+def text_ranks(drafter: HeadsDrafter, text: Text, rule: Rule) -> Tensor:
     """Teacher-forced ranks of the continuation's tokens, int64 [places, 1 + heads], on the CPU.
 
     Place i is where decoding may draft from: the state that token `given` + i is predicted from. Column 0 is the rank
-    of that token among the LM head's logits, column k that of the token k after it among head k's; TOP where the token
-    is not among the first TOP, MISSING where there is none.
+    of that token among what the rule prefers by the LM head's logits, column k that of the token k after it by head
+    k's; TOP where the token is not among the first TOP, MISSING where there is none.
     """
     runner = drafter.runner
-    state = State(runner, [text.tokens], len(text.tokens), 1, Greedy())
+    places, first = len(text.new), text.given - 1
+    state = State(runner, [text.prompt], len(text.tokens), places, rule, [text.stream])
+    rule.begin(state)
     _, states = prefill(state, drafter, [text.tokens])
     leaving = states[runner.num_layers - 1][0]  # [seq, hidden]
     tokens = torch.tensor(text.tokens, device=leaving.device)
-    first = text.given - 1
-    columns = [ranks_of(runner.logits(leaving[first:-1]), tokens[text.given :])]
-    for head, logits in enumerate(drafter.along(runner.normed(leaving), tokens, first), start=1):
-        columns.append(ranks_of(logits, tokens[text.given + head :]))
-    places = len(columns[0])
-    found = torch.full((places, len(columns)), MISSING)
-    for head, column in enumerate(columns):
-        found[: len(column), head] = column.cpu()
+    # The continuation as the draft after the prompt: so the rule knows where each guess stands.
+    state.cache.lengths = [first]
+    state.begin_step([text.tokens[first]], [places + 1], [False])
+    draft = state.chain(tokens[None, first:-1])
+    found = torch.full((places, 1 + drafter.settings.draft.number), MISSING)
+    along = drafter.along(runner.normed(leaving), tokens, first)
+    for head, logits in enumerate([runner.logits(leaving[first:-1]), *along]):
+        if len(logits):
+            preferred = rule.preferences(state, logits[None], draft)[0]
+            found[: len(logits), head] = ranks_of(preferred, tokens[text.given + head :]).cpu()
     return found
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,30 +22,45 @@ class OneHot:
     def compare(self, logits: Tensor, grad: Tensor) -> Tensor:
         """The loss; its gradient by the logits is written to `grad`, both [chunk, vocab]."""
         torch.softmax(logits, -1, dtype=grad.dtype, out=grad)
-        # From the likeliest token, as the label's own share may be too small for a number.
-        log_sum = logits.amax(-1).to(grad.dtype) - grad.amax(-1).log()
-        at_label = logits.gather(1, self.labels[:, None])[:, 0].to(grad.dtype)
+        surprise = log_sum(logits, grad) - logits.gather(1, self.labels[:, None])[:, 0].to(grad.dtype)
         grad.scatter_add_(1, self.labels[:, None], grad.new_full((len(grad), 1), -1.0))
-        return (log_sum - at_label).sum()
+        return surprise.sum()
 
 
 @dataclass(frozen=True)
 class Soft:
-    """A target distribution q [chunk, vocab] of a chunk, and its logarithm."""
+    """A target distribution q [chunk, vocab] of a chunk.
+
+    `entropy` [chunk]: q's, where the loss goes without it, as the KL divergence does.
+    """
 
     q: Tensor
-    log_q: Tensor
-    less_entropy: bool
+    entropy: Tensor | None = None
+
+    @classmethod
+    def of(cls, logits: Tensor, *, less_entropy: bool) -> Self:
+        """From the teacher's logits [chunk, vocab]."""
+        q = torch.softmax(logits, -1)
+        return cls(q, log_sum(logits, q) - (q * logits).sum(-1) if less_entropy else None)
 
     def compare(self, logits: Tensor, grad: Tensor) -> Tensor:
         """As `OneHot.compare`."""
-        log_p = torch.log_softmax(logits, -1, dtype=grad.dtype, out=grad)
-        surprise = self.log_q - log_p if self.less_entropy else -log_p
-        grad.exp_().sub_(self.q)
-        return surprise.mul_(self.q).sum()
+        torch.softmax(logits, -1, dtype=grad.dtype, out=grad)
+        surprise = log_sum(logits, grad) - (self.q * logits).sum(-1)
+        grad.sub_(self.q)
+        return (surprise if self.entropy is None else surprise - self.entropy).sum()
 
 
-TargetOf = Callable[[slice], OneHot | Soft]
+def log_sum(logits: Tensor, shares: Tensor) -> Tensor:
+    """log sum exp of logits [chunk, vocab] whose softmax is known, in the dtype of that: [chunk]."""
+    # From the likeliest token, as another one's share may be too small for a number.
+    return logits.amax(-1).to(shares.dtype) - shares.amax(-1).log()
+
+
+Target = OneHot | Soft
+TargetOf = Callable[[slice], Target]
+Piece = tuple[int, slice | Tensor, Target]
+"""Of which state, which of its rows, and what they should say; at most a chunk of rows."""
 
 
 def chunked_sum(
@@ -64,13 +79,32 @@ def chunked_sum(
         hidden = next(remaining)
         shared = shared or _SharedHead(head, matmul_dtype(hidden), max(map(len, counted)))
         # The first of the chain stands for the head, and hands over the gradient that all of them add to.
-        inputs = [hidden, total, *((head.weight, head.bias) if total is None else (None, None))]
+        inputs = [total, *((head.weight, head.bias) if total is None else (None, None)), hidden]
         if not torch.is_grad_enabled():  # a Function is not told so, and would make gradients
             inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
-        total, loss = _ChunkedLoss.apply(*inputs, shared, weight, rows, target_of)
+        pieces = _pieces(rows, target_of, len(hidden), head)
+        total, loss = _ChunkedLoss.apply(shared, [weight], pieces, *inputs)
         losses.append(loss)
         del hidden, inputs  # before the next state is made
     assert total is not None
+    return total, losses
+
+
+def _pieces(counted: Tensor, target_of: TargetOf, rows: int, head: HeadMap) -> Iterator[Piece]:
+    """Of a loss over one state, of whose `rows` some are `counted`."""
+    for chunk in chunks(len(counted), head):
+        yield 0, chunk if len(counted) == rows else counted[chunk], target_of(chunk)
+
+
+def sum_of_pieces(
+    states: Sequence[Tensor], weights: Sequence[float], head: HeadMap, pieces: Iterable[Piece]
+) -> tuple[Tensor, list[Tensor]]:
+    """As `chunked_sum` for states that are all there, in the order of the pieces: a target can serve several states."""
+    inputs = [None, head.weight, head.bias, *states]
+    if not torch.is_grad_enabled():
+        inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
+    shared = _SharedHead(head, matmul_dtype(states[0]), max(map(len, states)))
+    total, *losses = _ChunkedLoss.apply(shared, weights, pieces, *inputs)
     return total, losses
 
 
@@ -103,7 +137,7 @@ class _SharedHead:
         adds_apart = narrow and self.grad_weight is not None
         self._grad_weight_part = torch.empty_like(self.head.weight) if adds_apart else None
 
-    def loss(self, h: Tensor, target: OneHot | Soft) -> tuple[Tensor, Tensor]:
+    def loss(self, h: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         """The loss of a chunk h [chunk, hidden], and its gradient by h W^T + b: [chunk, vocab] in h's dtype."""
         rows = slice(0, len(h))
         product = torch.mm(h, self.head.weight.t(), out=self._product[rows])
@@ -128,7 +162,7 @@ class _SharedHead:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """`previous` + share * loss and the loss, with all gradients made chunk by chunk in the forward pass.
+    """`previous` + sum_i share_i * loss_i and the losses, with all gradients made piece by piece in the forward pass.
 
     Losses over one head are a chain: each passes the incoming gradient on to the one before.
     """
@@ -136,48 +170,54 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
+        shared: _SharedHead,
+        shares: Sequence[float],
+        pieces: Iterable[Piece],
         previous: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        shared: _SharedHead,
-        share: float,
-        counted: Tensor,
-        target_of: TargetOf,
-    ) -> tuple[Tensor, Tensor]:
+        *states: Tensor,
+    ) -> tuple[Tensor, ...]:
         head, dtype = shared.head, shared.head.weight.dtype
-        grad_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
-        wanted = any(part is not None for part in (grad_hidden, shared.grad_weight, shared.grad_bias))
-        loss = torch.zeros((), dtype=sum_dtype(dtype), device=hidden.device)
-        for rows in chunks(len(counted), head):
-            places = rows if len(counted) == len(hidden) else counted[rows]
-            h = hidden[places].to(dtype)  # [chunk, hidden]
-            part, grad = shared.loss(h, target_of(rows))
-            loss += part
+        grads = [
+            torch.zeros_like(state, dtype=dtype) if needed else None
+            for state, needed in zip(states, ctx.needs_input_grad[6:], strict=True)
+        ]
+        wanted = any(part is not None for part in (*grads, shared.grad_weight, shared.grad_bias))
+        losses = torch.zeros(len(states), dtype=sum_dtype(dtype), device=head.weight.device)
+        for index, rows, target in pieces:
+            h = states[index][rows].to(dtype)  # [chunk, hidden]
+            part, grad = shared.loss(h, target)
+            losses[index] += part
             if not wanted:
                 continue
-            shared.add(grad, h, share)
-            if grad_hidden is not None:
-                grad_hidden[places] = grad @ head.weight
-        ctx.share, ctx.hidden_dtype, ctx.is_chained = share, hidden.dtype, previous is not None
-        ctx.gradients = (grad_hidden, shared.grad_weight, shared.grad_bias)
-        ctx.head_dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias)]
-        ctx.mark_non_differentiable(loss)
+            shared.add(grad, h, shares[index])
+            grad_state = grads[index]
+            if grad_state is not None:
+                grad_state[rows] = grad @ head.weight
+        ctx.shares, ctx.is_chained = shares, previous is not None
+        ctx.gradients = (shared.grad_weight, shared.grad_bias, *grads)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, bias, *states)]
+        total = sum(share * loss for share, loss in zip(shares, losses, strict=True))
+        each = losses.unbind()
+        ctx.mark_non_differentiable(*each)
         ctx.set_materialize_grads(False)
-        return (loss * share if previous is None else previous + loss * share), loss
+        return (total if previous is None else previous + total, *each)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "this loss went backward before and has given its gradients away; compute it anew"
             )
-        (hidden, *of_head), ctx.gradients = ctx.gradients, None
-        if hidden is not None:
-            hidden = hidden.to(ctx.hidden_dtype).mul_(grad_total * ctx.share)
-        weight, bias = (
+        gradients, ctx.gradients = ctx.gradients, None
+        of_head = [
             None if gradient is None or dtype is None else gradient.mul_(grad_total).to(dtype)
-            for gradient, dtype in zip(of_head, ctx.head_dtypes, strict=True)
-        )
-        return hidden, grad_total if ctx.is_chained else None, weight, bias, None, None, None, None
+            for gradient, dtype in zip(gradients[:2], ctx.dtypes[:2], strict=True)
+        ]
+        of_states = [
+            None if gradient is None else gradient.to(dtype).mul_(grad_total * share)
+            for gradient, dtype, share in zip(gradients[2:], ctx.dtypes[2:], ctx.shares, strict=True)
+        ]
+        return None, None, None, grad_total if ctx.is_chained else None, *of_head, *of_states

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from layerskip_model.chunked_loss import Soft, TargetOf, chunked_sum
+from layerskip_model.chunked_loss import Piece, Soft, sum_of_pieces
 from layerskip_model.eagle import unrolled
 from layerskip_model.eagle3 import Eagle3Head
 from layerskip_model.eagle_model import DraftTerms, FrozenTarget, measure_chain, places
-from layerskip_model.head_map import HeadMap, matmul_dtype, wide_logits
+from layerskip_model.head_map import HeadMap, chunk_rows, chunks, matmul_dtype, wide_logits
 from layerskip_model.head_terms import TOP
 from layerskip_model.medusa import labels_ahead
-from layerskip_model.token_loss import IGNORE_INDEX, predictions, top_predictions
+from layerskip_model.token_loss import IGNORE_INDEX, first_choices, top_predictions
 
 
 class Eagle3Model(FrozenTarget[Eagle3Head]):
@@ -76,50 +75,46 @@ class Eagle3Model(FrozenTarget[Eagle3Head]):
                 hook.remove()
         return [*found, final]
 
+    def entering(self, input_ids: Tensor) -> Tensor:
+        """Those of the three layers, fused."""
+        return self.head.features(self.states(input_ids, None)[:3])
+
     def _losses(
         self, outputs: list[Tensor], weights: Sequence[float], final: Tensor, ahead: Tensor
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """The weighted sum, each step's loss and its count; `outputs` of each step, [batch, seq - 1, hidden]."""
         batch, seq = final.shape[:2]
-        flat = final.flatten(0, 1)
-        place = torch.arange(batch * seq, device=flat.device).view(batch, seq)[:, :-1]
+        place = torch.arange(batch * seq, device=final.device).view(batch, seq)[:, :-1].flatten()
 
         def compute(states: tuple[Tensor, ...], target: HeadMap) -> tuple[Tensor, list[Tensor], Tensor]:
             teacher, *own = states
-            sayable = self._sayable(teacher, ahead[0].flatten(), target)
-            judged = [
-                (ahead[step + 1, :, :-1] != IGNORE_INDEX).flatten().nonzero().squeeze(1)
-                for step in range(self.steps)
-            ]
-            judges = [place.flatten()[rows] + step + 1 for step, rows in enumerate(judged)]
-            kept = [sayable[rows] for rows in judges]
-            judged = [rows[keep] for rows, keep in zip(judged, kept, strict=True)]
-            judges = [rows[keep] for rows, keep in zip(judges, kept, strict=True)]
-            restricted = self.head.vocabulary.restrict(target).to(matmul_dtype(teacher))
+            rows = [(labels != IGNORE_INDEX).flatten().nonzero().squeeze(1) for labels in ahead[1:, :, :-1]]
+            judges = [place[each] + step + 1 for step, each in enumerate(rows)]
+            asked = judges[0]  # those of later steps are among them
+            if not self.head.vocabulary.is_whole:
+                asked = asked[self.head.t2d[first_choices(teacher[asked], target)]]
+            number = torch.full((batch * seq,), -1, device=place.device)
+            number[asked] = torch.arange(len(asked), device=place.device)
+            numbers = [number[each] for each in judges]
+            judged = [(each[own >= 0], own[own >= 0]) for each, own in zip(rows, numbers, strict=True)]
+            said = self.head.vocabulary.restrict(target).to(matmul_dtype(teacher))
             total, losses = self.head.projection(
-                self._normed(own),
-                lambda normed, head: chunked_sum(
-                    normed, weights, head, judged, [_said(teacher, rows, restricted) for rows in judges]
+                tuple(self._normed(own)),
+                lambda normed, head: sum_of_pieces(
+                    normed, weights, head, _pieces(teacher[asked], said, judged)
                 ),
             )
-            counts = torch.tensor([len(rows) for rows in judged], device=teacher.device)
+            counts = torch.tensor([len(each) for each, _ in judged], device=teacher.device)
             return total, losses, counts
 
-        return self.backbone.at_head((flat, *(output.flatten(0, 1) for output in outputs)), compute)
+        return self.backbone.at_head(
+            (final.flatten(0, 1), *(output.flatten(0, 1) for output in outputs)), compute
+        )
 
     def _normed(self, outputs: list[Tensor]) -> Iterator[Tensor]:
         """What the head's LM head reads. What a norm saves is several times its input; doing it again is cheap."""
         for output in outputs:
             yield checkpoint(self.head.norm, output, use_reentrant=False, preserve_rng_state=False)
-
-    def _sayable(self, teacher: Tensor, labels: Tensor, target: HeadMap) -> Tensor:
-        """Whether the head's vocabulary has the target's first choice, bool [batch * seq]; where labels count."""
-        sayable = torch.ones(labels.shape, dtype=torch.bool, device=labels.device)
-        if not self.head.vocabulary.is_whole:
-            rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-            _, chosen = predictions(teacher[rows], labels[rows], target)
-            sayable[rows] = self.head.t2d[chosen]
-        return sayable
 
     def _predict(self, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of labels that are in the vocabulary, 0 of others; and the choices as the target's tokens."""
@@ -130,12 +125,16 @@ class Eagle3Model(FrozenTarget[Eagle3Head]):
         return nll, self.head.vocabulary.to_target(best)
 
 
-def _said(teacher: Tensor, rows: Tensor, head: HeadMap) -> TargetOf:
-    """What the target says at these rows, as `chunked_sum` wants it."""
+def _pieces(asked: Tensor, head: HeadMap, judged: list[tuple[Tensor, Tensor]]) -> Iterator[Piece]:
+    """What the target says at its states `asked` [n, hidden], once for all steps; a chunk of it at a time.
 
-    def target(chunk: slice) -> Soft:
-        with torch.no_grad():
-            log_q = F.log_softmax(wide_logits(teacher[rows[chunk]], head), dim=-1)
-        return Soft(log_q.exp(), log_q, less_entropy=False)
-
-    return target
+    `judged` are each step's rows and, for each of these, which of the n judges it, in order.
+    """
+    size = chunk_rows(head)
+    ends = torch.arange(size, len(asked) + size, size, device=asked.device)
+    bounds = torch.stack([torch.searchsorted(numbers, ends) for _, numbers in judged]).tolist()
+    for index, chunk in enumerate(chunks(len(asked), head)):
+        said = Soft.of(wide_logits(asked[chunk], head), less_entropy=False)
+        for step, (rows, numbers) in enumerate(judged):
+            own = slice(bounds[step][index - 1] if index else 0, bounds[step][index])
+            yield step, rows[own], Soft(said.q[numbers[own] - chunk.start])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
@@ -54,6 +55,10 @@ class FrozenTarget(nn.Module, Generic[Head]):
         super().train(mode)
         self.model.eval()
         return self
+
+    @abstractmethod
+    def entering(self, input_ids: Tensor) -> Tensor:
+        """The features that enter the head, of whole texts, tokens [batch, seq] -> [batch, seq, hidden]."""
 
 
 class EagleModel(FrozenTarget[EagleHead]):
@@ -122,6 +127,10 @@ class EagleModel(FrozenTarget[EagleHead]):
         measures = measure_chain(self.backbone, states, ahead, self._predict, [first, *outputs])
         return DraftTerms(total, losses, counts, measures)
 
+    def entering(self, input_ids: Tensor) -> Tensor:
+        """The model's final states, without noise."""
+        return self.backbone.final_states(input_ids)
+
     def _predict(self, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self.backbone.at_head(output, lambda states, head: top_predictions(states, labels, head, TOP))
 
@@ -129,7 +138,9 @@ class EagleModel(FrozenTarget[EagleHead]):
 def noise_like(states: Tensor, size: float, generators: Sequence[torch.Generator] | None) -> Tensor:
     """Uniform in +-size, [batch, seq, hidden]; a row with a generator has its own, whatever rows are beside it."""
     noise = torch.empty_like(states)
-    for row, generator in zip(noise, generators or [None] * len(noise), strict=True):
+    if generators is None:
+        return noise.uniform_(-size, size)
+    for row, generator in zip(noise, generators, strict=True):
         row.uniform_(-size, size, generator=generator)
     return noise
 

@@ -19,6 +19,7 @@ Map = Callable[[Tensor], Tensor]
 
 LAYER = ("input_layernorm", "mlp", "post_attention_layernorm", "self_attn")
 ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
+JOINED = ("attention", "hidden_norm", "input_layernorm")  # of an EAGLE-3 head's attention
 MLP = ("act_fn", "down_proj", "gate_proj", "up_proj")
 
 
@@ -34,38 +35,40 @@ class FusedLayer:
     """
 
     def __init__(self, layer: nn.Module, index: int) -> None:
-        norms = ("k_norm", "q_norm") if hasattr(getattr(layer, "self_attn", None), "q_norm") else ()
         _require_parts(layer, LAYER)
-        attention: Any = _require_parts(layer.self_attn, sorted((*ATTENTION, *norms)))  # type: ignore[arg-type]
+        attention = self._attention(layer)
+        norms = ("k_norm", "q_norm") if hasattr(attention, "q_norm") else ()
+        _require_parts(attention, sorted((*ATTENTION, *norms)))
         mlp: Any = _require_parts(layer.mlp, MLP)  # type: ignore[arg-type]
         self.index = index
         self.head_dim: int = attention.head_dim
-        self.query_heads = attention.q_proj.out_features // self.head_dim
-        self.rotated_heads = self.query_heads + attention.k_proj.out_features // self.head_dim
+        queries, keys = (part.out_features // self.head_dim for part in (attention.q_proj, attention.k_proj))
+        self.rotated_split = [queries, keys]
+        self.split = [queries + keys, keys]
         self.grouped = attention.k_proj.out_features != attention.q_proj.out_features
         self.scaling: float = attention.scaling
         self.input_norm = fast_norm(layer.input_layernorm)
         self.output_norm = fast_norm(layer.post_attention_layernorm)
         self.head_norms = (fast_norm(attention.q_norm), fast_norm(attention.k_norm)) if norms else None
         self.activation: Map = mlp.act_fn.forward  # a module's call costs more than what this does
-        self.inner: int = mlp.gate_proj.out_features
         self.qkv = Linear([attention.q_proj, attention.k_proj, attention.v_proj])
         self.output = Linear([attention.o_proj])
         self.gate_up = Linear([mlp.gate_proj, mlp.up_proj])
         self.down = Linear([mlp.down_proj])
 
     def __call__(self, hidden: Tensor, batch: int, context: Any, kind: str) -> Tensor:
-        """Run the layer. Hidden states [batch * rows, hidden] -> the same shape; `context` as in `Runner.run`."""
-        heads = self.qkv(self.input_norm(hidden)).view(
-            batch, -1, self.qkv.size // self.head_dim, self.head_dim
-        )
-        rotated = self._rotate(heads[:, :, : self.rotated_heads], *context.rotary[kind])
-        keys, values = context.cache.update(
-            rotated[:, self.query_heads :], heads[:, :, self.rotated_heads :].transpose(1, 2), self.index
-        )
+        """Run the layer. What enters it [batch * rows, width] -> [batch * rows, hidden].
+
+        `context` as in `LayerRunner.run`.
+        """
+        hidden, normed = self._entering(hidden)
+        heads = self.qkv(normed).view(batch, -1, self.qkv.size // self.head_dim, self.head_dim)
+        rotated, values = heads.split(self.split, dim=2)
+        queries, keys = self._rotate(rotated, *context.rotary[kind]).split(self.rotated_split, dim=1)
+        keys, values = context.cache.update(keys, values.transpose(1, 2), self.index)
         mask = context.masks[kind]
         mixed = F.scaled_dot_product_attention(
-            rotated[:, : self.query_heads],
+            queries,
             keys,
             values,
             attn_mask=mask,
@@ -74,16 +77,46 @@ class FusedLayer:
             enable_gqa=self.grouped,
         )
         hidden = self.output.added_to(hidden, mixed.transpose(1, 2).reshape(hidden.shape[0], -1))
-        inner = self.gate_up(self.output_norm(hidden))
-        return self.down.added_to(hidden, self.activation(inner[:, : self.inner]) * inner[:, self.inner :])
+        gate, up = self.gate_up(self.output_norm(hidden)).chunk(2, dim=1)
+        return self.down.added_to(hidden, self.activation(gate) * up)
+
+    def _attention(self, layer: Any) -> Any:
+        """The module whose parts these are."""
+        return layer.self_attn
+
+    def _entering(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What the attention's output is added to, and what attention reads."""
+        return inputs, self.input_norm(inputs)
 
     def _rotate(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[batch, rows, heads, head dim] -> rotated, [batch, heads, rows, head dim]. Tables as in `signed`."""
         if self.head_norms is not None:
             query_norm, key_norm = self.head_norms
-            queries, keys = heads[:, :, : self.query_heads], heads[:, :, self.query_heads :]
+            queries, keys = heads.split(self.rotated_split, dim=2)
             heads = torch.cat((query_norm(queries), key_norm(keys)), dim=2)
         return torch.addcmul(heads * cos, heads.roll(self.head_dim // 2, -1), sin).transpose(1, 2)
+
+
+class FusedJoinedLayer(FusedLayer):
+    """The layer of an EAGLE-3 head: attention reads [norm(E) ; norm(h)], and is added to h.
+
+    What enters it is [E ; h], twice as wide as what leaves it. Raises NotFusible as its base does.
+    """
+
+    def __init__(self, joined: nn.Module, index: int) -> None:
+        layer: Any = _require_parts(joined, ("layer",)).layer
+        super().__init__(layer, index)
+        self.embedded_norm = fast_norm(layer.self_attn.input_layernorm)
+        self.hidden_norm = fast_norm(layer.self_attn.hidden_norm)
+
+    def _attention(self, layer: Any) -> Any:
+        """See `FusedLayer`."""
+        return _require_parts(layer.self_attn, JOINED).attention
+
+    def _entering(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """See `FusedLayer`."""
+        embedded, hidden = inputs.chunk(2, dim=1)
+        return hidden, torch.cat((self.embedded_norm(embedded), self.hidden_norm(hidden)), dim=1)
 
 
 class Linear:
@@ -120,11 +153,16 @@ class Linear:
 def fuse(layers: Sequence[nn.Module]) -> list[FusedLayer]:
     """All these layers. Raises NotFusible where one of them is not made of Llama's parts."""
     with torch.inference_mode(False), torch.no_grad():
-        return [FusedLayer(layer, index) for index, layer in enumerate(layers)]
+        return [
+            (FusedJoinedLayer if hasattr(layer, "layer") else FusedLayer)(layer, index)
+            for index, layer in enumerate(layers)
+        ]
 
 
 def fast_norm(norm: Any) -> Map:
     """torch's RMS norm where it computes what this module computes, else the module."""
+    if type(norm) is nn.Identity:  # in place of the input norm of an EAGLE head's layer
+        return norm.forward
     weight = getattr(norm, "weight", None)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if (

@@ -42,6 +42,8 @@ class HeadMap:
 
     def to(self, dtype: torch.dtype) -> HeadMap:
         """The same map with weight and bias in ``dtype``."""
+        if self.weight.dtype == dtype and (self.bias is None or self.bias.dtype == dtype):
+            return self
         return replace(
             self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype)
         )

@@ -66,14 +66,14 @@ class LayerRunner:
             return None
 
     def run(self, hidden: Tensor, start: int, stop: int, context: Context) -> Tensor:
-        """Run layers start..stop-1. Hidden states [batch, rows, hidden] -> the same shape."""
+        """Run layers start..stop-1. What enters the first [batch, rows, width] -> [batch, rows, hidden]."""
         if start == stop:
             return hidden
         if self.fused is not None:
-            flat = hidden.flatten(0, 1)  # [batch * rows, hidden]
+            flat = hidden.flatten(0, 1)  # [batch * rows, width]
             for fused, kind in zip(self.fused[start:stop], self.kinds[start:stop], strict=True):
                 flat = fused(flat, hidden.shape[0], context, kind)
-            return flat.view(hidden.shape)
+            return flat.view(*hidden.shape[:2], -1)
         for layer, kind in zip(self.layers[start:stop], self.kinds[start:stop], strict=True):
             output = layer(
                 hidden,

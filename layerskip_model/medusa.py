@@ -58,7 +58,11 @@ class Projection(nn.Module):
 
     def forward(self, states: Any, compute: Callable[[Any, HeadMap], Result]) -> Result:
         """`compute(states, head map)`."""
-        return compute(states, HeadMap(self.weight, self.bias, self.scale, self.softcap))
+        return compute(states, self.map())
+
+    def map(self) -> HeadMap:
+        """The map from a head's state to logits."""
+        return HeadMap(self.weight, self.bias, self.scale, self.softcap)
 
 
 class MedusaHeads(nn.Module):

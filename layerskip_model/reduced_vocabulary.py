@@ -82,13 +82,12 @@ class ReducedVocabulary:
         bias = None if head.bias is None else head.bias[tokens]
         return HeadMap(head.weight[tokens], bias, head.scale, head.softcap)
 
-    def require_labels(self, labels: Tensor) -> None:
-        """Raise UserError where labels count, and not one of them is in the vocabulary. Any shape, on the CPU."""
-        counted = labels[labels != IGNORE_INDEX]
-        if len(counted) and not self.t2d.cpu()[counted].any():
+    def require_labels(self, missing: float, counted: float, of: str) -> None:
+        """Raise UserError where labels count, and all of them are missing; `of` says whose they are."""
+        if missing >= counted > 0:
             raise UserError(
-                f"draft_vocab_size: none of the {len(counted)} labels of a batch is among the {self.size} tokens of "
-                "the reduced vocabulary; count the tokens of the answers that are trained on, or keep more"
+                f"draft_vocab_size: none of the {counted:,.0f} labels of {of} is among the {self.size:,} tokens of the "
+                "reduced vocabulary; keep more, and count the tokens of the answers that are trained on"
             )
 
 

@@ -146,6 +146,16 @@ def top_predictions(hidden: Tensor, labels: Tensor, head: HeadMap, number: int) 
     return nll, best
 
 
+@torch.no_grad()
+def first_choices(hidden: Tensor, head: HeadMap) -> Tensor:
+    """The likeliest token of every row of normed hidden states [tokens, hidden]: int64 [tokens]."""
+    head = head.to(matmul_dtype(hidden))
+    best = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    for rows in chunks(len(hidden), head):
+        best[rows] = wide_logits(hidden[rows], head).argmax(-1)
+    return best
+
+
 def _distillation_sum(
     hidden: Tensor,
     teacher_hidden: Tensor,
@@ -167,8 +177,7 @@ def _soft_target(hidden: Tensor, places: Tensor, head: HeadMap, less_entropy: bo
 
     def target(rows: slice) -> Soft:
         with torch.no_grad():
-            log_q = F.log_softmax(wide_logits(hidden[places[rows]], head), dim=-1)
-            return Soft(log_q.exp(), log_q, less_entropy)
+            return Soft.of(wide_logits(hidden[places[rows]], head), less_entropy=less_entropy)
 
     return target
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,6 @@ from layerskip_model.head_map import chunk_bytes, sum_dtype
 ATTENTION = "unrolled"  # the name under which transformers' layers find `_attention`
 
 
-@dataclass
 class Steps:
     """The keys and values of all steps so far, as the cache that a layer runs over.
 
@@ -34,10 +32,12 @@ class Steps:
         keys, values: step -> [batch, kv heads, seq, head dim].
     """
 
-    position_ids: Tensor
-    window: int | None
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    # No dataclass: FSDP hands a layer copies of those.
+    def __init__(self, position_ids: Tensor, window: int | None) -> None:
+        self.position_ids = position_ids
+        self.window = window
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
         """Take those of another step, and return them."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train a small LayerSkip model on the Python standard library's own source, and Medusa and Hydra heads on text that
-# it writes itself; then decode with each of them, without changing what is written.
+# Train a small LayerSkip model on the Python standard library's own source, and Medusa, Hydra, EAGLE and EAGLE-3 heads
+# on text that it writes itself; then decode with each of them, without changing what is written.
 # Usage: bash scripts/quickstart.sh [--fresh]
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" ""
@@ -26,15 +26,24 @@ train layerskip
 python -m scripts.regenerate --model $runs/layerskip/export --dataset recipes/quickstart/layerskip.yaml \
     --num_samples 512 --max_steps 160 --batch_size 64 --sample True --temperature 0.8 \
     --output_dir $runs/selfwritten "${fresh[@]}"
-for heads in medusa hydra; do
+for heads in medusa hydra eagle eagle3; do
     train $heads
-    # the tree that is fastest on this machine, found once
-    [ -f $runs/$heads/export/tree.json ] || python -m eval tree --run $runs/$heads
+    # what is fastest on this machine, chain or tree, found once
+    [ -f $runs/$heads/export/tree.json ] ||
+        python -m eval tree --run $runs/$heads --num_samples 16 --max_steps 64 --max_nodes 31
 done
+strategies=(
+    self_speculative # the exit and drafts that the run found best
+    self_speculative:draft_stop=confidence:num_speculations=8
+    self_speculative:draft_tree
+    prompt_lookup lookahead
+    medusa:draft=$runs/medusa hydra:draft=$runs/hydra
+    eagle:draft=$runs/eagle eagle2:draft=$runs/eagle eagle3:draft=$runs/eagle3
+    hf_generate hf_early_exit hf_prompt_lookup
+)
 if [ ! -f "$report/report.html" ]; then
-    # the exit and drafts that the run found best, drafts that stop by themselves, heads, and transformers' own
-    python -m eval benchmark --run $runs/layerskip --output_dir "$report" --strategies \
-        "self_speculative,self_speculative:draft_stop=confidence:num_speculations=8,prompt_lookup,medusa:draft=$runs/medusa,hydra:draft=$runs/hydra,hf_generate,hf_early_exit,hf_prompt_lookup"
+    python -m eval benchmark --run $runs/layerskip --max_steps 64 --output_dir "$report" \
+        --strategies "$(IFS=,; echo "${strategies[*]}")"
 else
     cat "$report/table.txt"
     echo "reusing $report/report.html; pass --fresh to start over" >&2

@@ -10,7 +10,8 @@ if [ "${1:-}" = "--slow" ]; then
     shift
 fi
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=1 # the tests run side by side, one process a core
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "${select[@]}" "$@"
+python -m pytest --numprocesses auto --dist worksteal "${select[@]}" "$@"

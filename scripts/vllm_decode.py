@@ -1,4 +1,4 @@
-"""Decode greedily with vLLM, with drafts or without: vLLM's half of vllm_draft_model.py and vllm_medusa.py.
+"""Decode greedily with vLLM, with drafts or without: vLLM's half of vllm_draft_model.py and vllm_heads.py.
 
 python vllm_decode.py JOB.json RESULT.json     (needs vLLM and nothing of this repository)
 

@@ -258,7 +258,7 @@ def main(
             found, run = time_heads(checked, directory, steps)
             told = {"recipe": checked.model_dump(mode="json"), "environment": environment(run)}
             path.write_text(json.dumps(told | asdict(found), indent=2) + "\n")
-            show_heads(found)
+            show_heads(found, run)
             return
         report = benchmark(checked, directory, steps)
         path.write_text(json.dumps(asdict(report), indent=2) + "\n")

@@ -201,7 +201,7 @@ def _copy(run: Run, state: dict[str, Tensor]) -> PreTrainedModel:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        run.objective.export(scratch, state, torch.bfloat16)
+        run.objective.export(scratch, state, torch.bfloat16, {})
         attention = run.recipe.model.attn_implementation
         place = run.accelerator.device
         with no_progress_bar():

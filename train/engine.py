@@ -175,7 +175,8 @@ class FullySharded(Engine):
             if parameter.is_meta:
                 room = torch.empty_like(parameter, device="cpu")  # not written to, so it costs nothing
                 torch.utils.swap_tensors(parameter, nn.Parameter(room, parameter.requires_grad))
-        super().__init__(accelerator, objective, optimizer)
+        with _buffers_left_alone(objective):
+            super().__init__(accelerator, objective, optimizer)
 
     def clip(self, limit: float) -> Tensor | float | None:
         """As Engine.clip; the norm is over all shards."""
@@ -259,6 +260,24 @@ class DeepSpeed(Engine):
             return tensor.data
         with zero.GatheredParameters([tensor]):
             return tensor.data.clone()
+
+
+@contextmanager
+def _buffers_left_alone(module: nn.Module) -> Iterator[None]:
+    """accelerate splits everything in a state_dict over the ranks, and no buffer can be: they are in none meanwhile.
+
+    Each rank keeps its own, so that they have to be the same on all.
+    """
+    hidden = [
+        (part, name)
+        for part in module.modules()
+        for name in part._buffers.keys() - part._non_persistent_buffers_set
+    ]
+    for part, name in hidden:
+        part._non_persistent_buffers_set.add(name)
+    yield
+    for part, name in hidden:
+        part._non_persistent_buffers_set.discard(name)
 
 
 @contextmanager

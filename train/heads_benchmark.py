@@ -21,6 +21,7 @@ from eval.statistics import Estimate, bootstrap_interval
 from layerskip_model.errors import UserError
 from train.config import Recipe
 from train.evaluation import to_device
+from train.heads_memory import HeadMemory, memory_in_words, memory_of_head
 from train.loop import train_step
 from train.metrics import MetricSums
 from train.objectives.base import Batch
@@ -43,6 +44,7 @@ class HeadsReport:
         flops_ratio: the same by matrix products, which the update has none of.
         predicted: flops_ratio, with the update added as the time it takes.
         over_predicted: median over rounds of step over what is predicted from the forward and the update beside it.
+        memory: of an EAGLE-3 head, see `memory_of_head`.
     """
 
     forward: list[float]
@@ -52,6 +54,7 @@ class HeadsReport:
     flops_ratio: float
     predicted: float
     over_predicted: Estimate
+    memory: list[HeadMemory]
 
 
 def time_heads(recipe: Recipe[Any], directory: Path, rounds: int) -> tuple[HeadsReport, Run]:
@@ -158,10 +161,11 @@ def report(
         flops_ratio=flops_ratio,
         predicted=flops_ratio + median(update) / median(forward),
         over_predicted=bootstrap_interval(over_predicted, step, forward, update),
+        memory=memory_of_head(run, micro[0]),
     )
 
 
-def show_heads(found: HeadsReport) -> None:
+def show_heads(found: HeadsReport, run: Run) -> None:
     """Print it."""
     console, ratio, over = Console(highlight=False), found.ratio, found.over_predicted
     console.print(
@@ -172,3 +176,6 @@ def show_heads(found: HeadsReport) -> None:
         f"step over what that predicts {over.value:.3f} ({over.low:.3f}, {over.high:.3f})",
         soft_wrap=True,
     )
+    backbone = heads_of(run).module.backbone
+    for line in memory_in_words(found.memory, backbone.hidden_size, backbone.vocab_size):
+        console.print(line, soft_wrap=True)

@@ -67,8 +67,6 @@ def fit(run: Run) -> None:
     recipe, total = run.recipe, run.recipe.total_steps
     sums = MetricSums()
     start, stream = resume(run, sums)
-    if start and is_kept(recipe, start) and is_choosing(run) and not is_measured(run, start):
-        measure(run, start, {})  # it was stopped in between
     stop = StopRequest()
     batches = run.data.batches(
         run.training_rows,
@@ -127,6 +125,8 @@ def resume(run: Run, sums: MetricSums) -> tuple[int, StreamState | None]:
         sums.restore(metrics, run.accelerator)
         run.log.say(f"going on after step {start}")
     run.log.forget_after(start)
+    if start and is_kept(run.recipe, start) and is_choosing(run) and not is_measured(run, start):
+        measure(run, start, {})  # the run ended between the checkpoint and that
     return start, stream
 
 
@@ -224,7 +224,7 @@ def finish(run: Run) -> None:
     if state is not None:
 
         def write(path: Path) -> None:
-            run.objective.export(path, state, export_dtype(run.recipe.model))
+            run.objective.export(path, state, export_dtype(run.recipe.model), plain)
             run.data.tokenizer.save_pretrained(path)
 
         write_export(run.directory, write)

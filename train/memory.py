@@ -9,6 +9,7 @@ is not in it: the CUDA context, fragmentation, communication buffers other than 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class Needs:
         head_trains, tied: whether the head has a gradient, and whether the embedding is the same parameter.
         head_is_copied: whether autocast would copy it, unless the engine has cast it.
         saved, saved_cast: bytes that a forward keeps, with float32 weights under autocast and with cast weights.
-        hidden: elements that leave a layer; `layers` their number.
+        hidden: elements that leave a layer; `layers` their number, none where all are frozen.
         exits: losses over the vocabulary at once.
         accumulates: whether gradients of earlier micro-batches are there in a forward.
         chunk: bytes of the float32 logits that a loss makes at once, and `has_softcap` whether it needs them twice.
@@ -122,6 +123,7 @@ class Needs:
             saved_bytes(model, micro, length, autocast=autocast, cast=cast, masked=apart)
             for cast in (False, True)
         ]
+        beside = saved_beside(objective, micro, length, autocast=autocast)
         return cls(
             trained=sum(p.numel() for p in objective.parameters() if p.requires_grad),
             frozen=sum(p.numel() for p in frozen),
@@ -140,10 +142,10 @@ class Needs:
             head_trains=head.weight.requires_grad,
             tied=head.weight is embedding.weight,
             head_is_copied=autocast and head.weight.dtype == torch.float32,
-            saved=saved[0],
-            saved_cast=saved[1],
+            saved=saved[0] + beside,
+            saved_cast=saved[1] + beside,
             hidden=micro * length * model.config.get_text_config().hidden_size,
-            layers=len(layers),
+            layers=len(layers) if any(p.requires_grad for p in inside) else 0,
             exits=exits_at_once(recipe, objective),
             accumulates=accumulates,
             chunk=min(chunk, 4 * micro * length * head.weight.shape[0]),
@@ -161,9 +163,11 @@ class Needs:
         """Bytes that the layers keep at the end of a forward, and those of the one layer that a backward is in."""
         kept = self.saved_cast if cast else self.saved
         if not checkpointing:
-            return kept, kept / self.layers
+            return kept, kept / max(1, self.layers)
         # Autocast keeps its copies of what trains until the forward is over.
         states = self.layers * self.hidden * (self.compute if cast else 4)
+        if not self.layers:  # nothing that is kept is the model's
+            return kept, kept
         return states + (0 if cast else 2 * self.copies), kept / self.layers
 
 
@@ -227,6 +231,20 @@ def saved_bytes(
         fake.config._attn_implementation = UNMASKED
     if autocast and cast:
         fake = fake.to(torch.bfloat16)
+
+    def run(model: Any) -> Any:
+        return model.get_decoder()(input_ids=torch.zeros(micro, length, dtype=torch.long), use_cache=False)
+
+    return _saved(fake, run, autocast)
+
+
+def saved_beside(objective: Objective[Any], micro: int, length: int, *, autocast: bool) -> int:
+    """Bytes that what trains beside a frozen model keeps, as far as the objective tells it."""
+    return _saved(copy.deepcopy(objective), lambda fake: fake.run_beside(micro, length), autocast)
+
+
+def _saved(fake: Any, run: Callable[[Any], Any], autocast: bool) -> int:
+    """What a run of a module of meta tensors keeps for its backward, besides the weights."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = fake.to_empty(device="cpu").train()
         for module in fake.modules():
@@ -241,14 +259,14 @@ def saved_bytes(
                 kept[storage._cdata] = storage
             return tensor
 
-        tokens = torch.zeros(micro, length, dtype=torch.long)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         ):
-            states = fake.get_decoder()(input_ids=tokens, use_cache=False)  # alive, or what it keeps is not
-        assert states is not None
-        return sum(storage.nbytes() for storage in kept.values())
+            made = run(fake)
+        found = sum(storage.nbytes() for storage in kept.values())
+        del made  # not before: what it keeps is only there while it is
+        return found
 
 
 def exits_at_once(recipe: Recipe[Any], objective: Objective[Any]) -> int:

@@ -144,7 +144,7 @@ def _refuse_sharding(kind: str) -> None:
 
 def is_layer_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon or 8-bit AdamW takes it: a matrix inside a decoder layer, not an embedding or a head."""
-    return parameter.dim() == 2 and ".layers." in name
+    return parameter.dim() == 2 and not {"layers", "layer"}.isdisjoint(name.split("."))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -62,6 +62,13 @@ class Rule(ABC):
         """
         return self.shaped(state, logits, draft)
 
+    def first_choice(self, state: State, logits: Tensor, tokens: list[Tensor]) -> Tensor:
+        """The token that it prefers after a chain `tokens`, [batch, 1] each, the root first: [batch, 1].
+
+        logits [batch, 1, vocab] are the drafter's after the last of them. Must not wait for the device.
+        """
+        return self.preferences(state, logits, state.chain(torch.cat(tokens, dim=1))).argmax(dim=-1)
+
     def begin(self, state: State) -> None:  # noqa: B027
         """Before the prefill of a decode."""
 
@@ -90,6 +97,10 @@ class Greedy(Rule):
         if self.shaping is not None:
             logits = self.shaping.after_chain(state, logits, tokens)
         return logits.argmax(dim=-1), None
+
+    def first_choice(self, state: State, logits: Tensor, tokens: list[Tensor]) -> Tensor:
+        """The argmax."""
+        return self.draft(state, logits, tokens)[0]
 
     def accept(self, state: State, logits: Tensor, draft: Draft) -> Outcome:
         """Accept the longest path on which every token is the target's argmax after its parent."""

@@ -63,7 +63,10 @@ class Cache:
         for stored in (*self.keys[:stop], *self.values[:stop]):
             if stored is not None:
                 row, source, target = (index.to(stored.device) for index in (row, source, target))
-                stored[row, :, target] = stored[row, :, source]  # the right side is a copy
+                if len(self.lengths) == 1:  # of one row: several times as fast
+                    stored.index_copy_(2, target.flatten(), stored.index_select(2, source.flatten()))
+                else:
+                    stored[row, :, target] = stored[row, :, source]  # the right side is a copy
 
 
 @dataclass(frozen=True)

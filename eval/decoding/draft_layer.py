@@ -21,7 +21,7 @@ class LayerState(State):
     """A state of the same texts for layers of a drafter's own, beside the target's.
 
     What enters them for a place may be known later than the target's token there, so its lengths are its own: 0 at
-    first, more by `extend`. A drafter that drafts over it tells it each step's roots and room by `begin_step`.
+    first, more by `extend`.
     """
 
     def __init__(self, runner: LayerRunner, target: State, max_nodes: int) -> None:
@@ -40,11 +40,17 @@ class LayerState(State):
         outputs = self.runner.run(inputs.to(self.runner.dtype), 0, self.runner.num_layers, context)
         more = int(self._has_root) - int(with_root)
         self._has_root = with_root
-        self.cache.lengths = [
-            length + count + more for length, count in zip(self.lengths, counts, strict=True)
-        ]
-        self.begin_step([0] * self.batch, [1] * self.batch, [False] * self.batch)
+        self._commit([count + more for count in counts])
         return outputs
+
+    def _commit(self, counts: list[int]) -> None:
+        """Make rows longer, with no transfer to the device where all of them grow alike."""
+        self.cache.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        self._start = self.common_length()
+        if len(set(counts)) == 1:
+            self.length = self.length + counts[0]
+        else:
+            self.length = self.length + torch.tensor(counts).to(self.length.device)[:, None]
 
     def tree_context(self, level: Tensor, visible: Tensor, first: int, stop: int) -> Context:
         """The context to run nodes first..stop-1 of a draft, in the order of running; node 0 is the root.

@@ -28,6 +28,21 @@ class Shape:
     width: int
     count: int
 
+    @property
+    def size(self) -> int:
+        """Nodes that are verified, the root not among them."""
+        return self.count
+
+    @property
+    def proposed(self) -> int:
+        """Nodes that are proposed, from which those are kept."""
+        return self.width + (self.depth - 1) * self.width**2
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two children."""
+        return self.width == 1
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,6 +98,16 @@ class Plan:
         return (self.parent + self.width - 1) // self.width + 1
 
     @cached_property
+    def order(self) -> Tensor:
+        """0, 1, 2, ... [1, span]."""
+        return torch.arange(self.span, device=self.device)[None]
+
+    @cached_property
+    def everything(self) -> Tensor:
+        """True, [1, span]."""
+        return torch.ones((1, self.span), dtype=torch.bool, device=self.device)
+
+    @cached_property
     def itself(self) -> Tensor:
         """[span, span], True on the diagonal."""
         return torch.eye(self.span, dtype=torch.bool, device=self.device)
@@ -90,8 +115,7 @@ class Plan:
     @cached_property
     def run_level(self) -> Tensor:
         """How far below the root each expanded node is, and 0 for those run after them, [1, span]."""
-        run = torch.arange(self.span, device=self.device)
-        return torch.where(run < self.expanded, (run + self.width - 1) // self.width, 0)[None]
+        return torch.where(self.order < self.expanded, (self.order + self.width - 1) // self.width, 0)
 
 
 @dataclass(frozen=True)
@@ -120,6 +144,7 @@ class Growing:
         level: how far below the root, [batch, span]; 0 for padding.
         visible: who is an ancestor of whom, oneself included, [batch, span, span].
         first, stop: the nodes to be run and expanded next are first..stop-1.
+        below: which of the nodes expanded last is the parent of each of those, [batch, stop - first].
     """
 
     def __init__(self, plan: Plan, root: Tensor) -> None:
@@ -152,10 +177,13 @@ class Growing:
         ordered, order = scores.sort(dim=1, descending=True, stable=True)
         self._scores, chosen = ordered[:, : self.plan.width], order[:, : self.plan.width]
         self._expanded.append(chosen + before)
-        self.first, self.stop = self.stop, self.stop + self.plan.width
-        self.tokens[:, self.first : self.stop] = tokens.gather(1, chosen)
-        self.parents[:, self.first : self.stop] = self.plan.parent[chosen + before]
-        self._see_ancestors()
+        self.below = chosen // self.plan.width
+        above = self.visible[:, self.first : self.stop].gather(1, along(self.below, self.plan.span))
+        first, now = self.first, slice(self.stop, self.stop + self.plan.width)
+        self.tokens[:, now] = tokens.gather(1, chosen)
+        self.parents[:, now] = self.below + first
+        self.visible[:, now] = above | self.plan.itself[now]
+        self.first, self.stop = now.start, now.stop
 
     def keep(self) -> Kept:
         """Keep the best of all proposed nodes. Those not run yet take the places from `plan.expanded` on."""
@@ -166,7 +194,7 @@ class Growing:
         # 1. Where each is run: expanded nodes have a place, the others get theirs in this order.
         place = torch.zeros_like(scores, dtype=torch.long)
         if self._expanded:
-            ran = torch.arange(1, plan.expanded, device=scores.device).expand(scores.shape[0], -1)
+            ran = plan.order[:, 1 : plan.expanded].expand(scores.shape[0], -1)
             place = place.scatter(1, torch.cat(self._expanded, dim=1), ran)
         place = place.gather(1, order)
         unrun = place == 0
@@ -178,22 +206,22 @@ class Growing:
         self.parents.scatter_(1, place, parents)
         self.level = self.level.scatter(1, place, plan.level[order])
         self.first, self.stop = plan.expanded, plan.span
-        self._see_ancestors()
+        parents_now = self.parents[:, self.first : self.stop].clamp(min=0)  # padding sees the root
+        self.visible[:, self.first : self.stop] |= self.visible.gather(1, along(parents_now, plan.span))
         # 3. Count among the kept nodes instead: the root is the first.
         run = torch.cat([place.new_zeros((place.shape[0], 1)), place], dim=1)
         among_kept = torch.zeros_like(self.tokens).scatter(
-            1, place, torch.arange(1, run.shape[1], device=run.device).expand_as(place)
+            1, place, plan.order[:, 1 : run.shape[1]].expand_as(place)
         )
         among_kept = torch.cat(
             [parents.new_full((run.shape[0], 1), -1), among_kept.gather(1, parents)], dim=1
         )
         return Kept(run, among_kept, F.pad(ordered > -torch.inf, (1, 0), value=True))
 
-    def _see_ancestors(self) -> None:
-        """Nodes first..stop-1 see what their parents see, and themselves. Padding sees the root."""
-        now = slice(self.first, self.stop)
-        parents = self.parents[:, now].clamp(min=0)[..., None]  # [batch, nodes, 1]
-        self.visible[:, now] |= self.visible.gather(1, parents.expand(-1, -1, self.plan.span))
+
+def along(index: Tensor, size: int) -> Tensor:
+    """An index [batch, n] of rows, for `gather` from [batch, rows, size]: [batch, n, size]."""
+    return index[..., None].expand(-1, -1, size)
 
 
 def likeliest(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -202,7 +230,5 @@ def likeliest(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     logits [..., vocab] -> log-probabilities and tokens, [..., width] each. What is not a number counts as impossible.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    values, tokens = logits.topk(width)
-    values = values - logits.logsumexp(dim=-1, keepdim=True)
-    # At most 0, whatever rounding makes of it: a child is never better than its parent.
-    return values.nan_to_num(nan=-torch.inf, neginf=-torch.inf).clamp(max=0.0), tokens
+    values, tokens = logits.log_softmax(dim=-1).topk(width)
+    return values.nan_to_num(nan=-torch.inf, neginf=-torch.inf), tokens

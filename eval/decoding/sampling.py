@@ -5,6 +5,7 @@ Algorithm 1 of arXiv 2211.17192, algorithm 2 of arXiv 2302.01318.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -151,11 +152,17 @@ def gumbel_noise(numbers: Tensor, like: Tensor) -> Tensor:
 
     numbers [...] in [0, 1), like [..., vocab] -> [..., vocab], of its dtype. Always finite.
     """
-    token = torch.arange(like.shape[-1], device=like.device)
-    mixed = (numbers * 2.0**53).long()[..., None] ^ _mixed(token * MULTIPLIERS[0])
+    mixed = (numbers * 2.0**53).long()[..., None] ^ _of_tokens(like.shape[-1], like.device)
     bits = (_mixed(mixed) >> 11) & (2**53 - 1)
     uniform = ((bits.to(like.dtype) + 0.5) * 2.0**-53).clamp(max=1 - torch.finfo(like.dtype).eps)
     return -(-(-uniform).log1p()).log()  # small numbers, the ones that decide, are the exact ones
+
+
+@cache
+def _of_tokens(vocab_size: int, device: torch.device) -> Tensor:
+    """A number for every token, int64 [vocab]."""
+    with torch.inference_mode(False):
+        return _mixed(torch.arange(vocab_size, device=device) * MULTIPLIERS[0])
 
 
 def _mixed(value: Tensor) -> Tensor:

@@ -104,12 +104,17 @@ def _parents_first(paths: list[RanksPath]) -> list[RanksPath]:
 def read_tree(path: str | Path, name: str | None = None) -> TreeShape:
     """The tree in a JSON file: {"paths": [[0], [1], [0, 0], ...]}, the most useful first. Raises UserError."""
     name = str(path) if name is None else name
+    content = read_tree_file(path, name)
+    return checked_tree(name, content.get("paths") if isinstance(content, dict) else content)
+
+
+def read_tree_file(path: str | Path, name: str) -> Any:
+    """What a JSON file about trees says. Raises UserError."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"tree '{name}': the file cannot be read ({reason}); give a JSON file") from None
-    return checked_tree(name, content.get("paths") if isinstance(content, dict) else content)
 
 
 class Layout:

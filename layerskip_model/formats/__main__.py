@@ -1,5 +1,6 @@
 """python -m layerskip_model.formats export --to draft_model --exit_layer E MODEL OUT
 python -m layerskip_model.formats export --to medusa|tgi|vllm [--dtype D] HEADS OUT
+python -m layerskip_model.formats export --to eagle|vllm|sglang|speculators [--dtype D] HEADS OUT
 python -m layerskip_model.formats import --model BASE HEADS OUT
 """
 
@@ -14,10 +15,13 @@ from layerskip_model.command_line import flag, new_directory, run_app
 from layerskip_model.errors import UserError
 
 if TYPE_CHECKING:
+    from layerskip_model.formats.eagle_export import EagleWritten
     from layerskip_model.formats.heads import HeadsWritten
 
 DRAFT_MODEL = "draft_model"
-HEADS = ("medusa", "tgi", "vllm")
+MEDUSA = ("medusa", "tgi", "vllm")
+EAGLE = ("eagle", "sglang", "speculators", "vllm")
+FORMS = (DRAFT_MODEL, *sorted({*MEDUSA, *EAGLE}))
 OUT = "directory to write, new or empty"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -38,16 +42,16 @@ def export(
         flag(
             "to",
             "draft_model: a model's first layers with norm and LM head, as a model of their own; medusa, tgi, vllm: "
-            "Medusa heads as the original repository (and TensorRT-LLM), text-generation-inference or vLLM loads them",
+            "Medusa heads as the original repository (and TensorRT-LLM), text-generation-inference or vLLM loads them; "
+            "eagle, vllm, sglang, speculators: EAGLE and EAGLE-3 heads as the original repository or these do",
         ),
     ],
     exit_layer: Annotated[int | None, flag("exit_layer", "E: the layers of the draft model")] = None,
     dtype: Annotated[str | None, flag("dtype", "of the heads written; default: as they are stored")] = None,
 ) -> None:
     """Write a checkpoint in a form that other engines load."""
-    if to not in (DRAFT_MODEL, *HEADS):
-        known = ", ".join((DRAFT_MODEL, *HEADS))
-        raise UserError(f"--to '{to}' is no format that can be written; give one of {known}")
+    if to not in FORMS:
+        raise UserError(f"--to '{to}' is no format that can be written; give one of {', '.join(FORMS)}")
     if to == DRAFT_MODEL:
         if exit_layer is None:
             raise UserError(f"--to {to} needs --exit_layer E, how many layers the draft model has")
@@ -70,12 +74,18 @@ def import_(
         str, flag("model", "the model that they were trained on: checkpoint directory or hub name")
     ],
 ) -> None:
-    """Write released Medusa or Hydra heads as training writes them, bound to their model by its fingerprint."""
-    from layerskip_model.formats.heads_import import import_heads
+    """Write released Medusa, Hydra or EAGLE heads as training writes them, bound to their model by its fingerprint."""
+    if _is_eagle(heads):
+        from layerskip_model.formats.eagle_import import import_eagle
 
-    with new_directory(out) as place:
-        written = import_heads(heads, model, place)
-    print(f"{out}: {_described(written)} for {model}")
+        with new_directory(out) as place:
+            words = _of_eagle(import_eagle(heads, model, place))
+    else:
+        from layerskip_model.formats.heads_import import import_heads
+
+        with new_directory(out) as place:
+            words = _described(import_heads(heads, model, place))
+    print(f"{out}: {words} for {model}")
 
 
 def _export_draft_model(model: str, out: str, exit_layer: int) -> None:
@@ -92,6 +102,45 @@ def _export_draft_model(model: str, out: str, exit_layer: int) -> None:
 
 
 def _export_heads(source: str, out: str, to: str, dtype: str | None) -> None:
+    is_eagle = _is_eagle(source)
+    if to not in (known := EAGLE if is_eagle else MEDUSA):
+        kind = "an EAGLE head" if is_eagle else "no EAGLE head"
+        raise UserError(f"--to '{to}': heads '{source}' are {kind}; give one of {', '.join(known)}")
+    if is_eagle:
+        _export_eagle(source, out, to, dtype)
+    else:
+        _export_medusa(source, out, to, dtype)
+
+
+def _is_eagle(heads: str) -> bool:
+    from layerskip_model.formats.eagle import eagle_kind
+    from layerskip_model.formats.heads import heads_directory
+
+    return eagle_kind(heads_directory(heads)) is not None
+
+
+def _export_eagle(source: str, out: str, to: str, dtype: str | None) -> None:
+    from layerskip_model.formats.eagle_export import DRAFTS, export_eagle
+
+    with new_directory(out) as place:
+        written = export_eagle(source, to, place, dtype)
+    print(f"{out}: {_of_eagle(written)} for {written.base}{written.note and f'; {written.note}'}")
+    if to in ("vllm", "speculators"):
+        _print_vllm(written.base, written.kind, out, DRAFTS)
+    elif to == "sglang":
+        print(
+            f"SGLang: python -m sglang.launch_server --model-path {written.base} --speculative-algorithm "
+            f"{written.kind.upper()} --speculative-draft-model-path {out} --speculative-num-steps {DRAFTS} "
+            f"--speculative-eagle-topk 1 --speculative-num-draft-tokens {DRAFTS + 1}"
+        )
+    else:
+        eagle3 = " --use_eagle3" if written.kind == "eagle3" else ""
+        print(
+            f"EAGLE: python -m eagle.application.webui --base-model-path {written.base} --ea-model-path {out}{eagle3}"
+        )
+
+
+def _export_medusa(source: str, out: str, to: str, dtype: str | None) -> None:
     from layerskip_model.formats.medusa_export import export_medusa
 
     with new_directory(out) as place:
@@ -103,6 +152,14 @@ def _export_heads(source: str, out: str, to: str, dtype: str | None) -> None:
         print(f"TGI: text-generation-launcher --model-id {out} --speculate {written.heads}")
     else:
         print(f"Medusa: python -m medusa.inference.cli --model {out}")
+
+
+def _of_eagle(written: EagleWritten) -> str:
+    from layerskip_model.formats.eagle_config import NAMES
+
+    dtype = str(written.dtype).removeprefix("torch.")
+    size = f"{written.bytes / 1e6:,.1f} MB"
+    return f"an {NAMES[written.kind]} head of {written.parameters:,} parameters in {dtype}, {size},"
 
 
 def _described(written: HeadsWritten) -> str:

@@ -1,14 +1,17 @@
-"""EAGLE and EAGLE-3 heads on disk, as released (github.com/SafeAILab/EAGLE).
+"""EAGLE and EAGLE-3 heads on disk, as their authors have them (github.com/SafeAILab/EAGLE).
 
-`config.json` is the target's with one layer; ours beside it: `draft_head`, eagle or eagle3, the model, its fingerprint.
-`model.safetensors` has of EAGLE `fc.*` and `layers.0.*`, of EAGLE-3 `fc.weight`, `midlayer.*`, `norm.weight`,
-`lm_head.weight`, `d2t` and `t2d`.
+`config.json` is the target's with one layer, and for EAGLE-3 `draft_vocab_size` and the layers that it reads in
+`eagle_config`, as vLLM counts them; ours beside that: `draft_head`, eagle or eagle3, `feature_layers`, the model's name
+and fingerprint. `model.safetensors` has of EAGLE `fc.*` and `layers.0.*`, of EAGLE-3 `fc.weight`, `midlayer.*`,
+`norm.weight`, `lm_head.weight`, and `d2t` and `t2d` unless the vocabulary is the target's. What others call these
+things is read as well (`eagle_names`, `eagle_config`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,58 +19,199 @@ from torch import Tensor
 from layerskip_model.backbone import Backbone
 from layerskip_model.eagle import EagleHead
 from layerskip_model.eagle3 import Eagle3Head
+from layerskip_model.errors import UserError
 from layerskip_model.formats import heads as files
-from layerskip_model.reduced_vocabulary import ReducedVocabulary
+from layerskip_model.formats.eagle_config import (
+    EAGLE,
+    EAGLE3,
+    IDS,
+    NAMES,
+    flat,
+    kind_in,
+    layer_config,
+    reads_of,
+    refusal,
+    require_known,
+    require_target,
+)
+from layerskip_model.formats.eagle_names import (
+    EMBEDDING,
+    LM_HEAD,
+    TABLES,
+    kind_of_tensors,
+    name_in_file,
+    require_all,
+    respelt,
+    vocabulary_in,
+)
 
 STEM = "model"
-KINDS = {"eagle": EagleHead, "eagle3": Eagle3Head}
-Head = TypeVar("Head", EagleHead, Eagle3Head)
+Head = EagleHead | Eagle3Head
 
 
-def _name(ours: str) -> str:
-    """A parameter's name in a head -> its name in the file."""
-    for begin, theirs in (
-        ("layer.layer.layer.self_attn.attention.", "midlayer.self_attn."),
-        ("layer.layer.layer.self_attn.", "midlayer."),
-        ("layer.layer.layer.", "midlayer."),
-        ("layer.layer.", "layers.0."),
-        ("projection.", "lm_head."),
-    ):
-        if ours.startswith(begin):
-            return theirs + ours.removeprefix(begin)
-    return ours
+@dataclass(frozen=True)
+class StoredEagle:
+    """A head as files have it.
+
+    Attributes:
+        kind: EAGLE or EAGLE3.
+        reads: the layers whose inputs are fused, of EAGLE-3; None where no model has been asked for their number yet.
+        config: all of config.json, with the settings of a nested layer beside the others.
+        tensors: by the first authors' names, in their own dtypes; d2t and t2d unless the vocabulary is the target's.
+        targets: those that must be the target's own: its embedding, and of EAGLE its LM head.
+    """
+
+    kind: str
+    reads: tuple[int, int, int] | None
+    config: dict[str, Any] = field(repr=False)
+    tensors: dict[str, Tensor] = field(repr=False)
+    targets: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return self.tensors["fc.weight"].dtype
 
 
 def write_eagle(
     directory: Path,
-    head: EagleHead | Eagle3Head,
+    head: Head,
     state: dict[str, Tensor],
     *,
     dtype: torch.dtype,
+    backbone: Backbone,
     base: str,
     base_fingerprint: str,
 ) -> None:
-    """Write a head for the model that is named `base` into a directory that is there."""
-    names = [name for name, _ in head.named_parameters()]
-    tensors = {_name(name): state[name].to(dtype).contiguous() for name in names}
-    kind = "eagle3" if isinstance(head, Eagle3Head) else "eagle"
-    config = {"draft_head": kind, "base_model_name_or_path": base, "base_fingerprint": base_fingerprint}
+    """Write a head for the model that is named `base`, whose parts `backbone` has, into a directory that is there.
+
+    `state` is its state_dict with all values, as an engine gathered it; rounded to `dtype`.
+    """
+    tensors = {name_in_file(name): state[name].to(dtype).contiguous() for name, _ in head.named_parameters()}
+    reads = None
     if isinstance(head, Eagle3Head):
-        tensors |= {"d2t": state["d2t"], "t2d": state["t2d"]}
-        config["feature_layers"] = list(head.reads)  # type: ignore[assignment]
-    files.write_heads(directory, STEM, tensors, config)
+        reads = head.reads
+        if not head.vocabulary.is_whole:
+            tensors |= {name: state[name] for name in TABLES}
+    stored = StoredEagle(EAGLE if reads is None else EAGLE3, reads, {}, tensors, {})
+    write_stored(directory, stored, backbone, base=base, base_fingerprint=base_fingerprint)
 
 
-def load_eagle(directory: str | Path, backbone: Backbone) -> EagleHead | Eagle3Head:
-    """The head in a directory, in float32, for the model that it was trained on."""
-    config = files.read_config(directory, "EAGLE", ())
-    stored = files.read_weights(directory, STEM)
-    head: EagleHead | Eagle3Head
-    if config["draft_head"] == "eagle3":
-        head = Eagle3Head(backbone, ReducedVocabulary(stored["d2t"], stored["t2d"]), config["feature_layers"])
-    else:
-        head = EagleHead(backbone, bias="fc.bias" in stored)
-    names = {name: _name(name) for name, _ in head.named_parameters()}
-    files.fill(head, names, stored, directory, backbone)
-    files.require_base(directory, config, backbone)
+def write_stored(
+    directory: Path, head: StoredEagle, backbone: Backbone, *, base: str, base_fingerprint: str | None
+) -> None:
+    """Write a head as it is, for the model that is named `base`, into a directory that is there."""
+    config = config_of(head, layer_config(backbone), type(backbone.model).__name__)
+    ours: dict[str, Any] = {"draft_head": head.kind, "base_model_name_or_path": base}
+    ours["base_fingerprint"] = base_fingerprint
+    if head.reads is not None:
+        ours["feature_layers"] = list(head.reads)
+    files.write_heads(directory, STEM, head.tensors, config | ours)
+
+
+def config_of(head: StoredEagle, layer: dict[str, Any], target: str) -> dict[str, Any]:
+    """What most programs read: `layer` is the configuration of its layer, `target` the class of its model.
+
+    A head with a bias is named as SGLang does, for vLLM would drop the bias and say nothing. `bias` is there only where
+    it is false, as the authors take it for true, and others give the layer biases then.
+    """
+    config = layer | {"torch_dtype": str(head.dtype).removeprefix("torch.")}
+    if head.kind == EAGLE:
+        if "fc.bias" in head.tensors:
+            return config | {"architectures": [f"{target}Eagle"]}
+        return config | {"architectures": [f"Eagle{target}"], "bias": False}
+    assert head.reads is not None
+    is_llama = target == "LlamaForCausalLM"
+    return config | {
+        "architectures": [f"{target}Eagle3" if is_llama else f"Eagle3{target}"],
+        "draft_vocab_size": len(head.tensors[LM_HEAD]),
+        "eagle_config": {"use_aux_hidden_state": True, IDS: list(head.reads)},
+    }
+
+
+def load_eagle(directory: str | Path, backbone: Backbone) -> Head:
+    """The head in a directory, in float32, for the model that it was trained on.
+
+    Raises UserError for files that are missing, damaged or contradict each other, for what cannot be computed here, and
+    for a head of another model: of other sizes, layers, vocabulary or RoPE, or of other weights where that is known.
+    """
+    stored = read_eagle(directory)
+    head = build(stored, backbone, directory)
+    files.require_base(directory, stored.config, backbone)
     return head
+
+
+def read_eagle(directory: str | Path) -> StoredEagle:
+    """The head in a directory as it is, ours or that of others. Raises UserError, see `load_eagle`."""
+    told = files.read_config(directory, "EAGLE", ())
+    config = flat(told) if isinstance(told, dict) else {}
+    tensors = _weights(directory)
+    kind = kind_in(config) or kind_of_tensors(set(tensors))
+    if kind not in NAMES:
+        named = "no head" if kind is None else f"'{kind}'"
+        raise refusal(
+            directory, f"config.json names {named}, where EAGLE and EAGLE-3 can be read; name such a head"
+        )
+    require_known(directory, kind, config)
+    tensors = respelt(directory, kind, tensors)
+    of_target = (EMBEDDING, LM_HEAD) if kind == EAGLE else (EMBEDDING,)
+    targets = {name: tensors.pop(name) for name in of_target if name in tensors}
+    return StoredEagle(kind, None, config, tensors, targets)
+
+
+def build(stored: StoredEagle, backbone: Backbone, directory: str | Path) -> Head:
+    """A head for a model from that of a directory. Raises UserError for one of another model."""
+    head: Head
+    if stored.kind == EAGLE:
+        head = EagleHead(backbone, bias="fc.bias" in stored.tensors)
+    else:
+        told = stored.config.get("draft_vocab_size")
+        vocabulary = vocabulary_in(directory, stored.tensors, told, backbone.vocab_size)
+        head = Eagle3Head(backbone, vocabulary, reads_of(directory, stored.config, backbone.num_layers))
+    require_target(directory, stored.config, backbone, head.layer.kind)
+    names = {name: name_in_file(name) for name, _ in head.named_parameters()}
+    require_all(directory, stored.kind, stored.tensors.keys() - set(TABLES), set(names.values()))
+    files.fill(head, names, stored.tensors, directory, backbone)
+    ours = {EMBEDDING: backbone.embed.weight, LM_HEAD: backbone.head.weight}
+    for name, tensor in stored.targets.items():
+        require_same(directory, name, tensor, ours[name])  # type: ignore[arg-type]
+    return head
+
+
+def require_same(directory: str | Path, name: str, theirs: Tensor, ours: Tensor) -> None:
+    """Refuse a tensor that is not the model's, but for the rounding of either. One on the meta device is not seen."""
+    if theirs.shape == ours.shape:
+        theirs, ours = theirs.to(ours.device), ours.detach()
+        if (
+            ours.is_meta
+            or torch.equal(theirs.to(ours.dtype), ours)
+            or torch.equal(ours.to(theirs.dtype), theirs)
+        ):
+            return
+    raise refusal(
+        directory,
+        f"its {name} is not this model's; name the model that it was trained on (a head with one of its own cannot be "
+        "read)",
+    )
+
+
+def eagle_kind(directory: str | Path) -> str | None:
+    """Which kind of head a directory has, EAGLE or EAGLE3; None where there is none that can be made out."""
+    try:
+        told = files.read_config(directory, "EAGLE", ())
+        config = flat(told) if isinstance(told, dict) else {}
+        kind = kind_in(config)
+        if kind is None and config.get("num_hidden_layers") == 1:
+            kind = kind_of_tensors(set(_weights(directory)))
+    except UserError:
+        return None
+    return kind if kind in NAMES else None
+
+
+def _weights(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of all files of weights, on the CPU; a pickle's by torch's loader of plain tensors."""
+    place = Path(directory)
+    found = next((some for pattern in files.LAYER_FILES if (some := sorted(place.glob(pattern)))), [])
+    if not found:
+        raise refusal(directory, "there is no model.safetensors or pytorch_model.bin in it")
+    return {name: tensor for path in found for name, tensor in files.read_tensors(directory, path).items()}

@@ -22,7 +22,11 @@ from layerskip_model.formats.run import RUN_FILE, heads_of, model_of, read_run
 
 CONFIG_FILE = "config.json"
 SUFFIXES = (".safetensors", ".pt", ".bin")
-FROM_HUB = (CONFIG_FILE, "tree.json", *(f"*_lm_head{suffix}" for suffix in SUFFIXES))
+FROM_HUB = (CONFIG_FILE, "tree.json", "recorded.json", *(f"*_lm_head{suffix}" for suffix in SUFFIXES))
+LAYER_FILES = (
+    "model*.safetensors",
+    "pytorch_model*.bin",
+)  # of a head that is a decoder layer; the first that match
 
 
 class HeadsSource(NamedTuple):
@@ -71,7 +75,10 @@ def source_of(name: str) -> HeadsSource:
         return HeadsSource(directory, model_of(place, content))
     if place.exists() or not is_hub_name(name):
         return HeadsSource(place, None)
-    return HeadsSource(hub_files(f"heads '{name}'", name, FROM_HUB), None)
+    directory = hub_files(f"heads '{name}'", name, FROM_HUB)
+    if _may_be_a_layer(directory):  # whole models stay where they are
+        directory = hub_files(f"heads '{name}'", name, FROM_HUB + LAYER_FILES)
+    return HeadsSource(directory, None)
 
 
 def read_config(directory: str | Path, what: str, counts: Sequence[str]) -> dict[str, Any]:
@@ -108,6 +115,11 @@ def read_weights(directory: str | Path, stem: str) -> dict[str, Tensor]:
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         raise UserError(f"heads '{directory}': there is no {files[0].name} or {SUFFIXES[1]} in it")
+    return read_tensors(directory, path)
+
+
+def read_tensors(directory: str | Path, path: Path) -> dict[str, Tensor]:
+    """The tensors of one file of a directory, as `read_weights`."""
     try:
         if path.suffix == SUFFIXES[0]:
             return load_file(path)
@@ -187,6 +199,15 @@ def other_weights(directory: str | Path, config: dict[str, Any], name: str) -> s
         f"heads '{directory}' were trained on '{config.get('base_model_name_or_path')}' with other weights than "
         f"'{name}' has (its fingerprint differs); use that model, or train heads for this one"
     )
+
+
+def _may_be_a_layer(directory: Path) -> bool:
+    """Whether a config.json, if there is one, may be that of a head that is one decoder layer."""
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("num_hidden_layers", 1) == 1
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

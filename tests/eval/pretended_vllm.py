@@ -36,7 +36,7 @@ class LLM:
         self.speculation, self.drafts = speculative_config, 0
         if speculative_config:
             config = json.load(open(os.path.join(speculative_config["model"], "config.json")))
-            given = {"method": speculative_config["method"]} | config
+            given = speculative_config | config
             for key, value in EXPECTED.items():
                 assert given[key] == value, (key, given)
 

@@ -113,7 +113,7 @@ def test_what_no_entry_takes_is_refused() -> None:
     check_given([Spec("autoregressive"), Spec("hf_prompt_lookup")], {"max_ngram": 3})
     with pytest.raises(
         UserError,
-        match=r"^--draft DIR: none of the --strategies takes it; it is for speculative_sampling, medusa, hydra, hf_",
+        match=r"^--draft DIR: none of the --strategies takes it; it is for speculative_sampling, medusa, hydra, ",
     ):
         check_given([Spec("autoregressive"), Spec("prompt_lookup")], {"max_ngram": 3, "draft": "DIR"})
     with pytest.raises(

@@ -8,10 +8,20 @@ import pytest
 import torch
 
 from eval import tree_costs
-from eval.decoding.drafters.heads import HeadsDrafter
+from eval.decoding.acceptance import Greedy
+from eval.decoding.growing import Shape
 from eval.decoding.static_tree import TreeShape
 from eval.target import Target
-from eval.tree_costs import Costs, between, measure_costs, rising, sizes_to_measure
+from eval.tree_costs import (
+    REPEATS,
+    WARM_UPS,
+    Costs,
+    between,
+    measure_costs,
+    rising,
+    sizes_to_measure,
+    usual,
+)
 from tests.eval.decoding.medusa_heads import CHAIN, WIDE, medusa, random_heads
 
 TEXT = [3, 4, 5, 6, 7, 8, 9]
@@ -48,6 +58,27 @@ def test_a_chain_has_costs_of_its_own_and_trees_those_of_their_depth_and_size() 
     assert costs.of(tree.cut(depth=1)) == pytest.approx((0.3, 2.0))
 
 
+def test_a_growing_tree_is_drafted_by_its_width_and_depth() -> None:
+    """How many nodes are kept of it matters to verification only."""
+    costs = Costs(1.0, {5: 1.5}, {5: 0.5}, {7: 2.0, 15: 4.0}, {2: {2: 0.2, 6: 0.6}})
+    assert costs.of(Shape(4, 2, 11)) == pytest.approx((0.4, 3.0))
+    assert costs.of(Shape(5, 1, 5)) == (0.5, 1.5)
+    assert (costs.at_least(5), costs.at_least(8)) == (2.0, 2.0)
+
+
+def test_costs_of_another_time_are_told_in_the_same_plain_steps() -> None:
+    early = Costs(1.0, {1: 1.0}, {1: 0.1}, {3: 1.5}, {2: {2: 0.2}}, length=9)
+    late = Costs(2.0, {}, {}, {7: 2.0, 15: 8.0}, {3: {2: 0.8}})
+    both = early.with_trees(late)
+    assert (both.plain, both.chain_verify, both.length) == (1.0, {1: 1.0}, 9)
+    assert both.tree_verify == {3: 1.25, 7: 1.25, 15: 4.0}  # more rows cost no less
+    assert both.tree_draft == {2: {2: 0.2}, 3: {2: 0.4}}
+
+
+def test_a_step_takes_what_it_takes_undisturbed() -> None:
+    assert usual([9.0, 1.0, 9.0, 1.0, 1.0, 9.0, 9.0]) == 1.0
+
+
 def test_every_step_is_the_same(tiny_target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many steps went before, each drafts and verifies after the same text; a plain one gives its own token."""
     heads = random_heads(tiny_target.model)
@@ -63,9 +94,11 @@ def test_every_step_is_the_same(tiny_target: Target, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(tree_costs, "verify", noting)
     shapes = [CHAIN, WIDE]
     costs = measure_costs(
-        tiny_target, lambda shape: cast(HeadsDrafter, medusa(runner, heads, shape)), shapes, TEXT
+        tiny_target, lambda shape: medusa(runner, heads, cast(TreeShape, shape)), shapes, TEXT, Greedy()
     )
-    assert {nodes: len(steps) for nodes, steps in seen.items()} == dict.fromkeys((1, 4, 11), 27)
+    assert {nodes: len(steps) for nodes, steps in seen.items()} == dict.fromkeys(
+        (1, 4, 11), REPEATS + WARM_UPS
+    )
     with torch.inference_mode():
         first = tiny_target.model(input_ids=torch.tensor([TEXT])).logits[0, -1].argmax()
         second = tiny_target.model(input_ids=torch.tensor([[*TEXT, int(first)]])).logits[0, -1]
@@ -83,5 +116,6 @@ def test_every_step_is_the_same(tiny_target: Target, monkeypatch: pytest.MonkeyP
 def test_a_text_as_long_as_the_context_leaves_room_for_a_tree(tiny_target: Target) -> None:
     heads = random_heads(tiny_target.model)
     limit = tiny_target.runner.context_length
-    make = lambda shape: cast(HeadsDrafter, medusa(tiny_target.runner, heads, shape))  # noqa: E731
-    assert measure_costs(tiny_target, make, [CHAIN], [3] * limit).length == limit - CHAIN.depth - 2
+    make = lambda shape: medusa(tiny_target.runner, heads, shape)  # noqa: E731
+    costs = measure_costs(tiny_target, cast(Any, make), [CHAIN], [3] * limit, Greedy())
+    assert costs.length == limit - CHAIN.depth - 2

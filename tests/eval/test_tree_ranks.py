@@ -8,8 +8,11 @@ from typing import cast
 import pytest
 import torch
 
+from eval.decoding.acceptance import Greedy, Rule
 from eval.decoding.drafters.base import Drafter
 from eval.decoding.drafters.heads import HeadsDrafter
+from eval.decoding.sampling import Sampling
+from eval.decoding.shaping import Shaping
 from eval.decoding.static_tree import TreeShape
 from eval.prompts import Prompt
 from eval.target import Target
@@ -17,7 +20,7 @@ from eval.tree_ranks import MISSING, TOP, Text, accuracies, continued, ranks_of,
 from eval.tree_shapes import accepted_drafts, decoded
 from layerskip_model.errors import UserError
 from layerskip_model.runner import Runner
-from tests.eval.decoding import hydra_heads, medusa_heads
+from tests.eval.decoding import eagle_heads, hydra_heads, medusa_heads
 from tests.eval.decoding.medusa_heads import CHAIN, WIDE, medusa, naive_ranks
 from tests.eval.decoding.test_self_tree import run
 from tests.eval.decoding.test_speculate import PROMPTS, naive_greedy
@@ -37,11 +40,14 @@ class Fitted:
         self.medusa = medusa_heads.fitted_heads(model, tokens, steps=4)
         self.hydra = hydra_heads.fitted_heads(model, tokens, prefix=False)
         self.prefix = hydra_heads.fitted_heads(model, tokens, prefix=True)
+        self.eagle = eagle_heads.eagle_draft(self.runner, eagle_heads.fitted_head("eagle", model, tokens))
 
     def drafter(self, heads: str, shape: TreeShape) -> Drafter:
         """The strategy with these heads."""
         if heads == "medusa":
             return medusa(self.runner, self.medusa, shape)
+        if heads == "eagle":
+            return eagle_heads.drafting("eagle", self.runner, self.eagle, shape)
         return hydra_heads.hydra(self.runner, getattr(self, heads), shape)
 
 
@@ -52,7 +58,7 @@ def test_ranks_are_those_of_the_heads_asked_place_by_place() -> None:
     fitted = FITTED["llama"]
     drafter = cast(HeadsDrafter, fitted.drafter("medusa", CHAIN))
     for text in fitted.texts:
-        found = text_ranks(drafter, text)
+        found = text_ranks(drafter, text, Greedy())
         assert found.shape == (NEW, 4)
         assert found[:, 0].tolist() == [0] * NEW  # the model says its own text
         for place in range(NEW):
@@ -64,29 +70,39 @@ def test_ranks_are_those_of_the_heads_asked_place_by_place() -> None:
 
 
 @pytest.mark.parametrize("shape", [CHAIN, WIDE], ids=["chain", "tree"])
-@pytest.mark.parametrize("heads", ["medusa", "hydra", "prefix"])
+@pytest.mark.parametrize("heads", ["medusa", "hydra", "prefix", "eagle"])
 @pytest.mark.parametrize("kind", FITTED)
 def test_what_ranks_foretell_is_what_decoding_wins(kind: str, heads: str, shape: TreeShape) -> None:
+    """Greedily, and where tokens are drawn, which the rule then foresees at their places."""
     fitted = FITTED[kind]
-    drafter = fitted.drafter(heads, shape)
-    rows = run(fitted.runner, fitted.drafter(heads, shape), PROMPTS)
-    foretold = []
-    for text, row in zip(fitted.texts, rows, strict=True):
-        assert text.tokens[text.given :] == row.tokens
-        needed = accepted_drafts(text_ranks(cast(HeadsDrafter, drafter), text)[:, 1:], shape.paths)
-        tokens, steps = decoded((needed <= shape.size).sum(dim=1).tolist())
-        assert (tokens, steps) == (sum(row.accepted_lengths), len(row.accepted_lengths))
-        foretold.append(tokens / steps)
+    foretold = [tokens / steps for tokens, steps in checked_lengths(fitted, heads, shape, Greedy())]
     assert max(foretold) > 1.3  # some drafts are right, and not all
     assert min(foretold) < 4.0
+    vocab = fitted.runner.vocab_size
+    checked_lengths(fitted, heads, shape, Sampling(Shaping({"temperature": 0.9}, [], vocab), 5))
+
+
+def checked_lengths(fitted: Fitted, heads: str, shape: TreeShape, rule: Rule) -> list[tuple[int, int]]:
+    """Tokens and steps of every text as its ranks foretell them, which are those of decoding it."""
+    drafter = fitted.drafter(heads, shape)
+    rows = run(fitted.runner, drafter, PROMPTS, rule=rule)
+    found = []
+    for stream, (prompt, row) in enumerate(zip(PROMPTS, rows, strict=True)):
+        text = Text(prompt + row.tokens, len(prompt), stream)
+        ranks = text_ranks(cast(HeadsDrafter, drafter), text, rule)
+        assert ranks[:, 0].tolist() == [0] * len(row.tokens)
+        needed = accepted_drafts(ranks[:, 1:], shape.paths)
+        found.append(decoded((needed <= shape.size).sum(dim=1).tolist()))
+        assert found[-1] == (sum(row.accepted_lengths), len(row.accepted_lengths))
+    return found
 
 
 def test_a_short_text_has_no_token_for_later_heads() -> None:
     fitted = FITTED["llama"]
     drafter = cast(HeadsDrafter, fitted.drafter("hydra", CHAIN))
-    found = text_ranks(drafter, Text([3, 4, 5, 6], given=2))
+    found = text_ranks(drafter, Text([3, 4, 5, 6], given=2), Greedy())
     assert found[:, 1:].ne(MISSING).tolist() == [[True, False, False], [False, False, False]]
-    assert text_ranks(drafter, Text([3, 4], given=1)).shape == (1, 4)
+    assert text_ranks(drafter, Text([3, 4], given=1), Greedy()).shape == (1, 4)
 
 
 def test_ranks_of_tokens_among_few_and_many() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,42 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval import tree_search
-from eval.decoding.drafters.medusa import Medusa
+from eval import tree_race, tree_search
+from eval.choosing import Choosing
+from eval.decoding.acceptance import Greedy
+from eval.decoding.drafters.eagle2 import Eagle2
+from eval.decoding.drafters.medusa import Medusa, MedusaDraft
+from eval.decoding.growing import Shape
 from eval.decoding.published_trees import published_tree
+from eval.decoding.speculate import Generation
 from eval.decoding.static_tree import TreeShape, read_tree
-from eval.draft_heads import default_tree, fitting, named_tree, say
+from eval.decoding.strategies import make_drafter
+from eval.draft_heads import (
+    EAGLE_TREE,
+    default_tree,
+    fitting,
+    growth_settings,
+    load_eagle_draft,
+    named_tree,
+    saved_growth,
+    say,
+    say_default,
+)
+from eval.drafts import loaded
 from eval.generate import Generator
+from eval.prompts import encode_prompts, evenly_spaced
 from eval.target import Target, load_target
-from eval.tree_costs import Costs, sizes_to_measure
-from eval.tree_ranks import Text
-from eval.tree_search import Request, Shapes, draft_name, middle_of, search_tree, valued
+from eval.tree_costs import AnyShape, Costs, drafting_place, sizes_to_measure
+from eval.tree_race import Candidate, finalists, race, shown, valued
+from eval.tree_ranks import Text, continued
+from eval.tree_search import Request, draft_name, may_win, middle_of, search_trees
+from eval.tree_static import Shapes
 from layerskip_model.errors import UserError
+from layerskip_model.formats.eagle import write_eagle
+from layerskip_model.formats.fingerprint import fingerprint
+from layerskip_model.jsonl import read_prompts
 from tests.eval.conftest import Answer
+from tests.eval.decoding.eagle_heads import fitted_head
 
 FEW = ["--num_samples", "4", "--max_steps", "12", "--dtype", "float64", "--max_nodes", "5"]
 
@@ -42,6 +68,21 @@ def heads(heads_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(heads_run / "export", tmp_path / "heads")
 
 
+@pytest.fixture
+def eagle(finished_run: Path, tiny_target: Target, tmp_path: Path) -> Path:
+    """The directory of an EAGLE head that has learnt the four texts that trees are looked for on."""
+    base, place = finished_run / "export", tmp_path / "eagle"
+    place.mkdir()
+    rows = evenly_spaced(read_prompts(finished_run / "heldout.jsonl"), 4)
+    texts = [text.tokens for text in continued(tiny_target, encode_prompts(tiny_target, rows), 24)]
+    head = fitted_head("eagle", tiny_target.model, texts)
+    told = {"base": str(base), "base_fingerprint": fingerprint(base)}
+    write_eagle(
+        place, head, head.state_dict(), dtype=torch.float32, backbone=tiny_target.runner.backbone, **told
+    )
+    return place
+
+
 def shares(*rows: list[int], times: int = 3) -> list[torch.Tensor]:
     """Texts with these ranks at every place."""
     return [torch.tensor([row] * times) for row in rows]
@@ -51,36 +92,48 @@ def test_a_trees_length_is_measured_on_texts_that_it_was_not_made_from() -> None
     """One half of the texts goes on by rank 1, the other by rank 2: what one half teaches is wrong for the other."""
     ranks = shares([1, 0], [2, 0], [1, 0], [2, 0], times=9)
     shapes = Shapes(ranks, 6)
-    two = {shape.size: shape for shape in shapes.all() if shape.depth == 1 and not shape.is_chain}[2]
+    two = {shape.size: shape for shape in shapes.trees(1)}[2]
     assert set(two.paths) == {(1,), (2,)}  # all texts together know both
     assert shapes.length(two) == 1.0
     alike = Shapes(shares([1, 0], [1, 0], times=9), 6)
-    (one,) = (shape for shape in alike.all() if shape.size == 1 and shape != TreeShape.chain(1))
+    (one,) = (shape for shape in alike.trees(1) if shape.size == 1)
     assert one.paths == ((1,),)
     assert alike.length(one) == 2.0  # 8 tokens after the first one in 4 steps
     assert alike.length(TreeShape.chain(1)) == 1.0
 
 
-def test_every_tree_is_looked_at_once() -> None:
+def test_every_static_tree_is_looked_at_once() -> None:
     generator = torch.Generator().manual_seed(0)
     ranks = list(torch.randint(4, (4, 40, 3, 2), generator=generator).amin(dim=-1))
     shapes = Shapes(ranks, 20)
-    found = list(shapes.all())
-    assert len({shape.paths for shape in found}) == len(found)
-    assert [shape.size for shape in found if shape.is_chain] == [1, 2, 3]
-    sizes = {depth: [s.size for s in found if s.depth == depth and not s.is_chain] for depth in (1, 2, 3)}
+    assert [shape.size for shape in shapes.chains() if shape.is_chain] == [1, 2, 3]
+    found = [shape for depth in shapes.depths for shape in shapes.trees(depth)]
+    assert len({shape.paths for shape in found + shapes.chains()}) == len(found) + 3
+    sizes = {depth: [shape.size for shape in shapes.trees(depth)] for depth in shapes.depths}
     assert sizes[1][-1] == 4  # there are no more ranks
     assert sizes[2] == list(range(sizes[2][0], 21))
     assert sizes[3] == list(range(sizes[3][0], 21))
-    measured = list(shapes.to_measure())
-    assert {s.size for s in measured if not s.is_chain} <= set(sizes_to_measure(20))
-    assert {(s.depth, s.is_chain) for s in measured} == {(s.depth, s.is_chain) for s in found}
+    measured = {depth: [shape.size for shape in shapes.to_measure(depth)] for depth in shapes.depths}
+    for depth, chosen in measured.items():
+        known = [size for size in sizes_to_measure(20) if size in sizes[depth]]
+        assert set(chosen) <= set(known)
+        assert (chosen[0], chosen[-1]) == (known[0], known[-1])
 
 
-def test_speedup_is_length_over_the_cost_in_plain_steps() -> None:
+def test_what_is_foretold_is_length_over_the_cost_in_plain_steps() -> None:
     costs = Costs(plain=2.0, chain_draft={2: 0.5}, chain_verify={2: 2.5})
     found = valued(TreeShape.chain(2), 1.8, costs)
-    assert (found.draft, found.verify, found.speedup) == (0.5, 2.5, pytest.approx(1.2))
+    assert (found.draft, found.verify, found.predicted) == (0.5, 2.5, pytest.approx(1.2))
+
+
+def test_a_tree_that_cannot_win_is_not_measured() -> None:
+    """A tree costs no less than the chain of its depth: here 4 plain steps for what no chain does better than 1.2."""
+    costs = Costs(1.0, {1: 1.25, 4: 3.5}, {1: 0.25, 4: 0.5})
+    chains = [valued(TreeShape.chain(depth), length, costs) for depth, length in ((1, 1.8), (4, 3.0))]
+    assert max(one.predicted for one in chains) == pytest.approx(1.2)
+    assert not may_win(4, [4.0, 4.7], chains, costs)
+    assert may_win(4, [4.0, 4.9], chains, costs)
+    assert not may_win(4, [], chains, costs)
 
 
 def test_the_text_to_measure_after_is_the_median_middle() -> None:
@@ -88,34 +141,114 @@ def test_the_text_to_measure_after_is_the_median_middle() -> None:
     assert middle_of(texts) == list(range(15))
 
 
-@pytest.mark.parametrize("dear", [0.0, 0.05, 9.0])
-def test_the_tree_is_as_large_as_its_rows_cost(
-    tiny_target: Target, heads_run: Path, monkeypatch: pytest.MonkeyPatch, dear: float
-) -> None:
-    """Rows for nothing: the tree that wins most. Rows that cost nine steps each: the smallest."""
+def pretended_costs(dear: float) -> Callable[..., Costs]:
+    """Steps that cost one plain step and `dear` more for every node."""
 
-    def costs(target: Target, make: Any, shapes: list[TreeShape], text: list[int]) -> Costs:
+    def costs(target: Target, make: Any, shapes: list[AnyShape], text: list[int], rule: Any) -> Costs:
         found = Costs(plain=1.0, length=len(text))
         for shape in shapes:
             if shape.is_chain:
                 found.chain_draft[shape.size], found.chain_verify[shape.size] = 0.0, 1.0 + dear * shape.size
             else:
-                found.tree_draft.setdefault(shape.depth, {})[shape.size] = 0.0
+                curve, at = drafting_place(shape)
+                found.tree_draft.setdefault(curve, {})[at] = 0.0
                 found.tree_verify[shape.size] = 1.0 + dear * shape.size
         return found
 
-    monkeypatch.setattr(tree_search, "measure_costs", costs)
-    found = search_tree(tiny_target, str(heads_run), Request(num_samples=6, max_steps=24, max_nodes=31))
-    best = found.best
-    assert best in found.shown
-    assert best.speedup == max(one.speedup for one in found.shown)
-    assert best.speedup == pytest.approx(best.length / (1.0 + dear * best.shape.size))
+    return costs
+
+
+def pretended_race(_: Any, make: Any, racing: list[Candidate], *others: Any) -> list[Candidate]:
+    """Everything goes as foretold."""
+    for one in racing:
+        make(one.shape)
+    return [replace(one, raced=one.predicted) for one in racing]
+
+
+@pytest.mark.parametrize("dear", [0.0, 0.05, 9.0])
+def test_the_tree_is_as_large_as_its_rows_cost(
+    tiny_target: Target, heads_run: Path, monkeypatch: pytest.MonkeyPatch, dear: float
+) -> None:
+    """Rows for nothing: the tree that wins most. Rows that cost nine steps each: the smallest."""
+    monkeypatch.setattr(tree_search, "measure_costs", pretended_costs(dear))
+    monkeypatch.setattr(tree_search, "race", pretended_race)
+    found = search_trees(tiny_target, str(heads_run), Request(num_samples=6, max_steps=24, max_nodes=31))
+    (search,) = found.searches
+    best, rows = search.best, search.shown
+    assert (search.strategy, found.texts) == ("medusa", 6)
+    assert best in rows
+    assert best.predicted == max(one.predicted for one in rows)
+    assert best.predicted == pytest.approx(best.length / (1.0 + dear * best.shape.size))
     if dear == 9.0:
         assert best.shape.size == 1
     if dear == 0.0:
-        assert best.length == max(one.length for one in found.shown)
-        assert best.length > min(one.length for one in found.shown) + 0.1
-    assert [one.shape.size for one in found.shown] == sorted(one.shape.size for one in found.shown)
+        assert best.length == max(one.length for one in rows)
+        assert best.length > min(one.length for one in rows) + 0.1
+    assert [one.shape.size for one in rows] == sorted(one.shape.size for one in rows)
+
+
+@pytest.mark.parametrize("dear", [0.0, 9.0])
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+def test_an_eagle_head_gets_a_static_tree_and_a_growing_one_or_chains(
+    tiny_target: Target, eagle: Path, monkeypatch: pytest.MonkeyPatch, dear: float, sampled: bool
+) -> None:
+    monkeypatch.setattr(tree_search, "measure_costs", pretended_costs(dear))
+    monkeypatch.setattr(tree_search, "race", pretended_race)
+    choosing = Choosing(sampled, temperature=0.7 if sampled else None)
+    found = search_trees(tiny_target, str(eagle), Request("heldout", 4, 16, 15, choosing))
+    static, growing = found.searches
+    assert (static.strategy, growing.strategy) == ("eagle", "eagle2")
+    assert isinstance(static.best.shape, TreeShape)
+    assert isinstance(growing.best.shape, Shape)
+    for search in found.searches:
+        assert search.best in search.shown
+        if dear:
+            assert search.best.shape.size == 1
+        else:
+            assert search.best.length == max(one.length for one in search.shown) > 1.0
+            assert search.best.length > 1.1
+    assert len(found.accuracies) == 11
+
+
+def test_a_race_is_between_kinds_and_decides_by_real_steps(
+    tiny_target: Target, heads_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best chain and the best tree are always there; what hardly differs, or is hopeless, is not."""
+    foretold = {TreeShape.chain(depth): 1.0 + depth / 10 for depth in (1, 2, 3)}
+    wide = tuple((rank,) for rank in range(9))
+    foretold |= {TreeShape("best", wide[:size]): 0.5 - size / 100 for size in (2, 8, 9)}
+    candidates = [Candidate(shape, 1.5, 0.0, 1.0, value) for shape, value in foretold.items()]
+    racing = finalists(candidates, 63)
+    assert [one.shape.size for one in racing] == [3, 2, 2]  # chain, tree, chain: 1.1 is less than 0.85 of 1.3
+    better = [replace(one, predicted=one.predicted + 0.9) for one in candidates]
+    assert [(one.shape.is_chain, one.shape.size) for one in finalists(better, 63)] == [
+        (True, 3),
+        (False, 2),
+        (True, 2),
+        (True, 1),
+    ]
+
+    steps = {3: 2.0, 2: 1.5, 0: 1.0}  # of the drafters by their nodes: seconds
+
+    def decode(runner: Any, drafter: Any, prompts: Any, **options: Any) -> list[Generation]:
+        assert options["max_new_tokens"] == 8
+        seconds = steps[drafter.max_nodes - 1] * len(prompts[0])  # longer prompts, slower steps
+        return [Generation(tokens=[1] * 8, decode_seconds=5 * seconds, target_forwards=5)]
+
+    monkeypatch.setattr(tree_race, "decode", decode)
+    heads = loaded(tiny_target, MedusaDraft, str(heads_run))
+    make = lambda shape: make_drafter("medusa", tiny_target.runner, draft=heads, tree=shape)  # noqa: E731
+    texts = [Text([5] * (10 + number), 2 + number) for number in range(3)]
+    raced = race(tiny_target, make, racing[:2], texts, Greedy())
+    assert [one.raced for one in raced] == [pytest.approx(1.5 / 2.0), pytest.approx(1.0)]
+    table = shown(candidates, raced, 63)
+    assert [one.shape.size for one in table] == [1, 2, 2, 3]
+    assert [one.raced is not None for one in table] == [
+        False,
+        True,
+        False,
+        True,
+    ]  # a tree of two nodes before a chain
 
 
 def test_the_program_saves_a_tree_that_decoding_uses(
@@ -129,25 +262,92 @@ def test_the_program_saves_a_tree_that_decoding_uses(
     tree = read_tree(heads / "tree.json")
     assert 1 <= tree.size <= 5
     assert [list(path) for path in tree.paths] == content["paths"]
-    assert content["predicted_speedup"] > 0.0
-    assert content["acceptance_length"] >= 1.0
+    told = content["searches"]["medusa"]
+    assert list(content["searches"]) == ["medusa"]
+    assert min(told["speedup"], told["predicted_speedup"], told["seconds"]["plain"]) > 0.0
+    assert told["acceptance_length"] >= 1.0
     assert [one["head"] for one in content["accuracies"]] == [0, 1, 2, 3]
     assert [one["count"] for one in content["accuracies"]] == [48, 44, 40, 36]
     assert content["environment"]["dtype"] == "float64"
     assert "-m eval tree --model" in content["environment"]["command"]
-    assert content["seconds"]["plain"] > 0.0
     assert sorted(path.name for path in heads.iterdir() if path.suffix in (".part", ".tmp")) == []
     first, *_, last = [line for line in done.stdout.splitlines() if line.strip()]
     assert first.startswith("Heads, on the model's own text")
     assert last.startswith(f"tree: {heads / 'tree.json'}: ")
     assert last.endswith("medusa drafts it by default")
-    assert " (best) " in done.stdout
+    assert re.search(r"^ *best (chain|tree) .*x *$", done.stdout, re.MULTILINE)
 
     chosen = Generator.make(load_target(base, dtype="float64"), "medusa", draft=str(heads))
     assert Medusa(chosen.target.runner, Medusa.Settings(**chosen.settings)).settings.tree.paths == tree.paths
     flags = ["--model", base, "--draft", str(heads), "--dtype", "float64", "--num_samples", "3"]
     status, _, err = answer("correctness", *flags, "--max_steps", "12", "--strategies", "medusa")
     assert (status, err) == (0, "")  # and nothing is said of a tree that is missing
+
+
+def test_an_eagle_heads_file_tells_both_strategies_what_to_draft(
+    answer: Callable[..., Answer], finished_run: Path, eagle: Path
+) -> None:
+    """And a setting that is given replaces that one."""
+    base = str(finished_run / "export")
+    flags = ["--model", base, "--draft", str(eagle), *FEW, "--sample", "True", "--temperature", "0.7"]
+    status, out, err = answer("tree", *flags)
+    assert (status, err) == (0, "")
+    *_, first, second = out.splitlines()
+    assert first.endswith("eagle drafts it by default")
+    assert second.endswith("eagle2 drafts it by default")
+    content = json.loads((eagle / "tree.json").read_text())
+    assert list(content["searches"]) == ["eagle", "eagle2"]
+    assert content["settings"]["choosing"]["temperature"] == 0.7
+    target = load_target(base, dtype="float64")
+    draft = load_eagle_draft(target, str(eagle))
+    assert [list(path) for path in draft.tree.paths] == content["paths"]
+    assert growth_settings(draft.growth) == content["growth"]
+    wide = {"num_speculations": 4, "tree_top_k": 3, "tree_tokens": 9}
+    (eagle / "tree.json").write_text(json.dumps({"growth": wide}))
+    draft = load_eagle_draft(target, str(eagle))
+    assert draft.tree == TreeShape.chain(5)  # the default: that file tells nothing of static trees
+    for given, shape in (({}, Shape(4, 3, 9)), ({"tree_tokens": 7}, Shape(4, 3, 7))):
+        assert Eagle2(target.runner, Eagle2.Settings(draft, **given)).shape == shape
+
+
+DAMAGED = {
+    "{": "tree.json': the file cannot be read",
+    '{"growth": 5}': "tree.json': growth is 5; give num_speculations, tree_top_k, tree_tokens",
+    '{"growth": {"num_speculations": 4, "tree_top_k": 2}}': "growth is {'num_speculations': 4, 'tree_top_k': 2}; give",
+    '{"growth": {"num_speculations": 0, "tree_top_k": 1, "tree_tokens": 1}}': "whole numbers from 1 on",
+    '{"growth": {"num_speculations": 2, "tree_top_k": 2, "tree_tokens": 7}}': "no more tokens than the levels",
+    '{"growth": {"num_speculations": true, "tree_top_k": 1, "tree_tokens": 1}}': "growth is ",
+    '{"paths": []}': "it has no paths",
+}
+
+
+def test_a_damaged_file_beside_an_eagle_head_is_one_line(tiny_target: Target, eagle: Path) -> None:
+    for content, message in DAMAGED.items():
+        (eagle / "tree.json").write_text(content)
+        with pytest.raises(UserError) as refused:
+            load_eagle_draft(tiny_target, str(eagle))
+        assert message in str(refused.value)
+        assert "\n" not in str(refused.value)
+
+
+def test_what_an_eagle_head_drafts_by_default_is_said(
+    tiny_target: Target, eagle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chains for both strategies here; on a GPU what was published. Nothing is said of what is asked for."""
+    on_gpu = torch.device("cuda")
+    assert saved_growth(eagle, on_gpu) == Shape(6, 10, 60)
+    assert default_tree(5, on_gpu, EAGLE_TREE).paths == published_tree("eagle_mc_sim_7b_63").paths
+    draft = replace(load_eagle_draft(tiny_target, str(eagle)), growth=Shape(6, 10, 60))
+    words = f"heads '{eagle}' have no tree.json: by default they draft "
+    for strategy, given, said in (
+        ("eagle", {}, "a chain of 5"),
+        ("eagle", {"tree": "chain"}, None),
+        ("eagle2", {}, "60 nodes of trees that grow 6 levels, 10 wide"),
+        ("eagle2", {"tree_top_k": 1}, None),
+    ):
+        say_default(strategy, {"draft": draft, **given})
+        err = capsys.readouterr().err
+        assert err == "" if said is None else err.startswith(words + said + ";")
 
 
 def test_a_run_of_heads_names_both_and_the_tree_may_go_elsewhere(

@@ -47,9 +47,14 @@ def judged(step: int, labels: Tensor, positions: Tensor) -> list[tuple[int, int]
     ]
 
 
+@pytest.mark.parametrize("rows", [3, 4096], ids=lambda rows: f"chunk{rows}")
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3"])
-def test_losses_and_gradients_are_those_of_the_naive_twin(kind: str, reduced: bool) -> None:
+def test_losses_and_gradients_are_those_of_the_naive_twin(
+    kind: str, reduced: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few places the target is asked about at once, of which each step's rows take their part."""
+    monkeypatch.setattr(head_map, "CPU_CHUNK_BYTES", 4 * 64 * rows)
     module = some_model(kind, reduced=reduced).train()
     tokens, labels, positions = packed_batch()
     terms = module(tokens, labels, WEIGHTS, positions)

@@ -66,7 +66,7 @@ def test_a_format_that_there_is_not_and_help_need_no_torch(model: str, tmp_path:
     ):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
         assert done.stdout.endswith("False\n")
-    known = "draft_model, medusa, tgi, vllm"
+    known = "draft_model, eagle, medusa, sglang, speculators, tgi, vllm"
     assert done.stderr == f"error: --to 'x' is no format that can be written; give one of {known}\n"
 
 

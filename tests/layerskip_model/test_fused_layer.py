@@ -24,7 +24,7 @@ def other_model(config: type, **changes: Any) -> PreTrainedModel:
     """A random model of a type that tiny_model does not have."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
-    sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
     model = AutoModelForCausalLM.from_config(config(**{**sizes, **changes}), dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.3)

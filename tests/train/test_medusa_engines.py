@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from eval.target import open_run
 from tests.train.engine_runs import SMALL_SHARD
 from tests.train.test_engines import launch_engines
 from tests.train.tiny_heads import medusa_values, write_base
-from tests.train.tiny_runs import assert_close_logs, write_recipe
+from tests.train.tiny_runs import assert_close_logs, log_lines, write_recipe
 from tests.train.tiny_runs import write_text as write_text_into
 from train import features, parse_recipe, train
 
@@ -28,6 +29,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hydra_plus": {"objective": {"kind": "hydra", "layers": 2, "prefix_attention": True}},
     "joint": {"model": {"lora": {"rank": 2}}, "objective": JOINT},
 }
+CHOOSING: dict[str, Any] = {
+    "max_steps": 6,
+    "checkpoint": {"every": 2, "keep": 9},
+    "evaluate": {"decode": {"num_speculations": 3}},
+}
 TOLERANCE = 2e-5
 
 
@@ -39,7 +45,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = write_base(folder / "base", text)
     first = train(parse_recipe(medusa_values(folder / "first", text, base, max_steps=2)))
     values = {}
-    for name, changes in VARIANTS.items():
+    for name, changes in (VARIANTS | {"choosing": CHOOSING}).items():
         objective = dict(changes.get("objective", {}))
         if name == "joint":
             objective["init_heads"] = str(first)
@@ -53,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(features, "SHARD_BYTES", SMALL_SHARD)
-            for name in VARIANTS.keys() - {"stopped"}:
+            for name in values.keys() - {"stopped"}:
                 train(parse_recipe(values[name]))
         _, error = launched.communicate(timeout=400)  # a collective that does not match hangs
     finally:
@@ -88,6 +94,28 @@ def test_two_processes_keep_the_features_that_one_keeps(part: str, engine: str, 
         ours, theirs = load_file(two / name), load_file(one / name)
         assert torch.equal(ours["rows"], theirs["rows"])
         torch.testing.assert_close(ours["features"], theirs["features"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_export_the_checkpoint_that_drafts_best(engine: str, runs: Path) -> None:
+    """By decodes where the heads are whole; sharded ones are compared teacher-forced."""
+    run = runs / f"choosing_{engine}"
+    by, name = ("decode", "decode") if engine == "ddp" else ("teacher-forced", "heldout")
+    lengths = {
+        line["step"]: line[f"{name}/acceptance_length"]
+        for line in log_lines(run)
+        if f"{name}/acceptance_length" in line
+    }
+    best = max(lengths, key=lambda step: (lengths[step], step))
+    assert lengths.keys() == {2, 4, 6}
+    told = json.loads((run / "run.json").read_text())["best"]
+    assert told == {"step": best, "acceptance_length": lengths[best], "by": by}
+    saved = load_file(runs / "choosing" / "checkpoints" / f"step-{best:08d}" / "trainable.safetensors")
+    (heads,) = tensors(run)
+    for head in range(3):
+        name = f"{head}.0.linear.weight"
+        ours, one = heads[name], saved[f"module.heads.blocks.{name}"]
+        torch.testing.assert_close(ours, one, rtol=0.0, atol=TOLERANCE)
 
 
 def tensors(run: Path) -> list[dict[str, torch.Tensor]]:

@@ -28,6 +28,12 @@ def medusa_values(
     output_dir: Path, text: Path, base: Path, *, objective: dict[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
     """A recipe of four steps; `objective` extends its section, `changes` replace top-level keys."""
+    return heads_values(output_dir, text, base, {"kind": "medusa", "heads": 3} | (objective or {}), **changes)
+
+
+def heads_values(
+    output_dir: Path, text: Path, base: Path, objective: dict[str, Any], **changes: Any
+) -> dict[str, Any]:
+    """The same for the heads of any section."""
     model = {"name_or_path": str(base), "autocast": "float32"} | changes.pop("model", {})
-    method = {"kind": "medusa", "heads": 3} | (objective or {})
-    return recipe_values(output_dir, text, model=model, objective=method, **changes)
+    return recipe_values(output_dir, text, model=model, objective=objective, **changes)

@@ -115,7 +115,9 @@ class ToyHeads(Objective[ToyConfig]):
     def online(self, batch: Batch) -> Tensor:
         return self.backbone.final_states(batch["input_ids"])
 
-    def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def export(
+        self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype, heldout: dict[str, float]
+    ) -> None:
         prefix = "heads."
         heads = {
             name.removeprefix(prefix): t.to(dtype) for name, t in state.items() if name.startswith(prefix)

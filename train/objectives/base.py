@@ -100,6 +100,12 @@ class Objective(nn.Module, Generic[Config]):
         turns into bits per byte. Random numbers from torch's generator are the same after a resume.
         """
 
+    def run_beside(self, micro: int, length: int) -> Any:
+        """What trains beside a frozen model, run over so many tokens; for the estimate of what it keeps of them.
+
+        On tensors without values. Default: nothing.
+        """
+
     def trainable_state(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds: every parameter that trains, a shared one once, nothing frozen."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -115,11 +121,14 @@ class Objective(nn.Module, Generic[Config]):
             parameter.data.copy_(state[name])
 
     @abstractmethod
-    def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def export(
+        self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype, heldout: dict[str, float]
+    ) -> None:
         """Write what a user gets, in the format that others load. On the main process only.
 
         `state` is this module's whole state_dict, as an engine that shards parameters gathered it: read weights
-        from there, not from the module. What is exported is rounded to `dtype`.
+        from there, not from the module. What is exported is rounded to `dtype`. `heldout` are the last held-out
+        metrics, empty where there are none, for what tells how good it is.
         """
 
     def exported_heads(self) -> str | None:

@@ -13,9 +13,12 @@ from eval.decoding.drafters.eagle import EagleDraft
 from eval.decoding.growing import Shape
 from eval.decoding.static_tree import TreeShape
 from layerskip_model.backbone import Backbone
+from layerskip_model.eagle import unrolled
+from layerskip_model.eagle3 import Eagle3Head
 from layerskip_model.eagle_model import DraftTerms, FrozenTarget
 from layerskip_model.errors import UserError
 from layerskip_model.formats.eagle import load_eagle, write_eagle
+from layerskip_model.head_probe import Probe, is_in_one_place, take_probe
 from layerskip_model.medusa import labels_ahead
 from layerskip_model.runner import Runner
 from layerskip_model.token_loss import IGNORE_INDEX
@@ -114,6 +117,14 @@ class DraftLayerObjective(DraftingObjective[Config], Generic[Config]):
     def mean(self, found: DraftTerms) -> tuple[Tensor | float, Tensor | float]:
         """The metric `loss` as (sum, count)."""
 
+    def run_beside(self, micro: int, length: int) -> list[Tensor]:
+        """The head's layer, in as many steps as it trains for; losses over the vocabulary keep next to nothing."""
+        head, hidden = self.module.head, self.module.backbone.hidden_size
+        states = torch.zeros(micro, length - 1, hidden)
+        entering = head.features([states] * 3) if isinstance(head, Eagle3Head) else states
+        positions = torch.arange(length - 1)[None]
+        return list(unrolled(head, states, entering, positions, len(set(self.terms) & set(self.steps)) or 1))
+
     def write_heads(
         self, directory: Path, state: dict[str, Tensor], *, dtype: torch.dtype, base_fingerprint: str
     ) -> None:
@@ -123,9 +134,14 @@ class DraftLayerObjective(DraftingObjective[Config], Generic[Config]):
             self.module.head,
             state,
             dtype=dtype,
+            backbone=self.module.backbone,
             base=self.base,
             base_fingerprint=base_fingerprint,
         )
+
+    def probe(self, dtype: torch.dtype) -> Probe | None:
+        """See `take_probe`; none where this process alone cannot run the module."""
+        return take_probe(self.module, dtype) if is_in_one_place(self.module) else None
 
     def draft(self, name: str, tree: TreeShape, runner: Runner) -> EagleDraft:
         """See `DraftingObjective.draft`."""

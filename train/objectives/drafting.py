@@ -19,6 +19,8 @@ from eval.replay import OwnText
 from layerskip_model.errors import UserError
 from layerskip_model.formats.fingerprint import checkpoint_directory, fingerprint
 from layerskip_model.formats.heads import heads_directory
+from layerskip_model.formats.record import Record, write_record
+from layerskip_model.head_probe import Probe
 from layerskip_model.head_terms import HeadMeasures
 from layerskip_model.runner import Runner
 from train.flops import model_flops
@@ -63,14 +65,21 @@ class DraftingObjective(Objective[Config], Generic[Config]):
     def flops_of(self, counts: dict[str, int], sequences: int, length: int) -> float:
         """FLOPs of a step for so many tokens that count in each term. Without any: of the model alone."""
 
-    def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """The heads."""
+    def export(
+        self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype, heldout: dict[str, float]
+    ) -> None:
+        """The heads, and what is known of them."""
         self.write_heads(
             directory,
             inside(state, f"module.{self.part}."),
             dtype=dtype,
             base_fingerprint=fingerprint(checkpoint_directory(self.base)),
         )
+        write_record(directory, Record.of(heldout, self.probe(dtype)))
+
+    def probe(self, dtype: torch.dtype) -> Probe | None:
+        """What the heads say now, for whoever loads them rounded to `dtype`. Default: nothing is asked."""
+        return None
 
     def exported_heads(self) -> str:
         """The export is nothing but the heads."""
@@ -155,3 +164,13 @@ def place_of_earlier(config: Any) -> Path:
         return heads_directory(config.init_heads)
     except UserError as error:
         raise UserError(f"objective.init_heads: {error}") from None
+
+
+def require_same(config: Any, theirs: dict[str, Any]) -> None:
+    """Refuse a recipe for other heads than those that it begins from, whose settings are `theirs`."""
+    for name, value in theirs.items():
+        if getattr(config, name) != value:
+            raise UserError(
+                f"objective.{name}: {getattr(config, name)}, and the heads of init_heads '{config.init_heads}' have "
+                f"{value}; give that"
+            )

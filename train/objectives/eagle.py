@@ -15,6 +15,7 @@ from layerskip_model.eagle_model import DraftTerms, EagleModel
 from layerskip_model.layer_dropout import uniform_hash
 from train.objectives.base import FINAL_STATES, Batch, States
 from train.objectives.draft_layer import DraftLayerObjective, check_recipe, earlier_head, labels_of
+from train.objectives.drafting import require_same
 from train.objectives.eagle_config import EagleConfig
 from train.section import Section
 
@@ -41,6 +42,7 @@ class Eagle(DraftLayerObjective[EagleConfig]):
             head = EagleHead(backbone, bias=config.bias)
         else:
             head = earlier_head(config, backbone, EagleHead)
+            require_same(config, {"bias": head.fc.bias is not None})
         module = EagleModel(model, head, noise=config.noise, steps=config.steps)
         return cls(module, config, recipe.model.name_or_path, recipe.seed)
 

@@ -160,13 +160,3 @@ def check_fits(recipe: Any, config: HeadsConfig) -> None:
             f"batch.length: {recipe.batch.length} leaves head {config.heads} nothing to predict; use more than "
             f"objective.heads: {config.heads}"
         )
-
-
-def require_same(config: HeadsConfig, theirs: dict[str, Any]) -> None:
-    """Refuse a recipe for other heads than those that it begins from, whose settings are `theirs`."""
-    for name, value in theirs.items():
-        if getattr(config, name) != value:
-            raise UserError(
-                f"objective.{name}: {getattr(config, name)}, and the heads of init_heads '{config.init_heads}' have "
-                f"{value}; give that"
-            )

@@ -17,8 +17,8 @@ from layerskip_model.formats.hydra import load_hydra, read_hydra, write_hydra
 from layerskip_model.hydra import HydraHeads
 from layerskip_model.hydra_model import HydraModel
 from layerskip_model.runner import Runner
-from train.objectives.drafting import place_of_earlier
-from train.objectives.heads import HeadsObjective, check_fits, require_same
+from train.objectives.drafting import place_of_earlier, require_same
+from train.objectives.heads import HeadsObjective, check_fits
 from train.objectives.hydra_config import HydraConfig
 from train.section import Section
 

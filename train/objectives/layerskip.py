@@ -195,7 +195,9 @@ class LayerSkip(Objective[LayerSkipConfig]):
         chosen = named if len(named) < self.num_layers else []  # all of them are none in particular
         return sorted({*range(spacing, self.num_layers, spacing), *chosen})
 
-    def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def export(
+        self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype, heldout: dict[str, float]
+    ) -> None:
         """A plain transformers checkpoint, as the released LayerSkip models are."""
         prefix = "module.model."
         weights = {

@@ -16,6 +16,7 @@ from layerskip_model.backbone import Backbone
 from layerskip_model.errors import UserError
 from layerskip_model.formats.fingerprint import fingerprint
 from layerskip_model.formats.medusa import load_medusa, write_medusa
+from layerskip_model.formats.record import Record, write_record
 from layerskip_model.head_terms import HeadMeasures, HeadTerms
 from layerskip_model.lora import has_lora
 from layerskip_model.medusa import MedusaHeads
@@ -24,8 +25,8 @@ from layerskip_model.runner import Runner
 from train.export import export_model
 from train.metrics import Metrics
 from train.objectives.base import Batch
-from train.objectives.drafting import OWN, inside, place_of_earlier
-from train.objectives.heads import HeadsObjective, check_fits, require_same
+from train.objectives.drafting import OWN, inside, place_of_earlier, require_same
+from train.objectives.heads import HeadsObjective, check_fits
 from train.objectives.medusa_config import MedusaConfig
 from train.section import Section
 
@@ -105,15 +106,18 @@ class Medusa(HeadsObjective[MedusaConfig]):
         ramp = math.sin(0.5 * math.pi * step / self.total_steps) if self.config.ramp == "sine" else 1.0
         return self.config.lambda_0 * ramp
 
-    def export(self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def export(
+        self, directory: Path, state: dict[str, Tensor], dtype: torch.dtype, heldout: dict[str, float]
+    ) -> None:
         """The heads; of a model that trained it as a plain checkpoint, and they in a folder inside."""
         if self.config.freezes_model:
-            return super().export(directory, state, dtype)
+            return super().export(directory, state, dtype, heldout)
         export_model(self.module.model, inside(state, "module.model."), directory, dtype)
         place = directory / HEADS_NAME
         place.mkdir()
         heads = inside(state, "module.heads.")
-        return self.write_heads(place, heads, dtype=dtype, base_fingerprint=fingerprint(directory))
+        self.write_heads(place, heads, dtype=dtype, base_fingerprint=fingerprint(directory))
+        write_record(place, Record.of(heldout, self.probe(dtype)))
 
     def write_heads(
         self, directory: Path, state: dict[str, Tensor], *, dtype: torch.dtype, base_fingerprint: str

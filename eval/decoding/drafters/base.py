@@ -74,8 +74,11 @@ class State:
         self.last, self.length, self._room = columns  # [batch, 1] each
         self.room = room
         self.finished = finished
-        # All rows equally long (always so for one row): then slots are slices.
-        self._start = self.lengths[0] if len(set(self.lengths)) == 1 else None
+        self._start = self.common_length()  # where there is one (always so for one row) slots are slices
+
+    def common_length(self) -> int | None:
+        """The committed length, where all rows have the same."""
+        return self.lengths[0] if len(set(self.lengths)) == 1 else None
 
     def chain_length(self, wanted: int) -> int:
         """How many drafts, at most `wanted`, the roomiest row can take beside the target's own token.

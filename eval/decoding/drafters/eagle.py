@@ -23,6 +23,8 @@ from eval.decoding.static_tree import TreeShape
 from layerskip_model.context import Context
 from layerskip_model.eagle import EagleHead, unrolled
 from layerskip_model.eagle3 import Eagle3Head
+from layerskip_model.errors import UserError
+from layerskip_model.fused_head import FusedHead
 from layerskip_model.layer_runner import LayerRunner
 from layerskip_model.runner import Runner
 
@@ -72,6 +74,7 @@ class HeadLayer:
         self.head = draft.heads
         self.runner = runner
         self._layer = draft.layer
+        self._maps = self.head if draft.layer.fused is None else FusedHead(self.head, runner.backbone)
         self._vocabulary: Tensor | None = None
         if isinstance(self.head, Eagle3Head):
             self.needs = tuple(layer - 1 for layer in self.head.reads)
@@ -102,33 +105,40 @@ class HeadLayer:
         """
         counts = list(map(len, after))
         longest = max(counts)
-        device = self.runner.device
-        padded = [tokens + [0] * (longest - len(tokens)) for tokens in after]
+        # One transfer: each row's tokens, its nodes, and where its last one is; a row that had ended has none.
+        rows = [padded(tokens, longest) for tokens in after]
         if path is not None:
-            padded += [nodes + [0] * (longest - len(nodes)) for nodes in path]
-        columns = torch.tensor(padded).to(device)
-        batch = len(after)
-        row = torch.arange(batch, device=device)
+            rows = [tokens + padded(nodes, longest) for tokens, nodes in zip(rows, path, strict=True)]
+        columns = torch.tensor([[*row, max(0, n - 1)] for row, n in zip(rows, counts, strict=True)])
+        columns = columns.to(self.runner.device)
+        row = torch.arange(len(after), device=columns.device)[:, None]
         if path is not None:
-            states = {layer: found[row[:, None], columns[batch:]] for layer, found in states.items()}
-        inputs = self.head.inputs(self.runner.embed(columns[:batch]), self.features(states))
+            nodes = columns[:, longest:-1]
+            states = {layer: states[layer].to(row.device)[row, nodes] for layer in self.needs}
+        inputs = self._maps.inputs(self.runner.embed(columns[:, :longest]), self.features(states))
         outputs = self.state.extend(inputs, counts, with_root=True)  # [batch, longest, hidden]
-        if batch == 1:
-            self.root = outputs[:, -1:]
-            return
-        last = torch.tensor(counts, device=device).clamp(min=1) - 1  # a row that had ended has none
-        self.root = outputs[row, last][:, None]
+        self.root = outputs[row, columns[:, -1:]]
 
     def features(self, states: dict[int, Tensor]) -> Tensor:
         """The head's features, from the states that left the layers of `needs`, [..., hidden]."""
+        device = self.runner.device  # parts of the target may lie on others
         if isinstance(self.head, Eagle3Head):
-            return self.head.features([states[layer] for layer in self.needs])
-        return self.runner.normed(states[self.needs[0]])
+            return self.head.features([states[layer].to(device) for layer in self.needs])
+        return self.runner.normed(states[self.needs[0]]).to(device)
 
     def run(self, tokens: Tensor, features: Tensor, context: Context) -> Tensor:
         """A level of a draft: tokens [batch, n], and what left the layer at their parents -> [batch, n, hidden]."""
-        inputs = self.head.inputs(self.runner.embed(tokens), features)
+        inputs = self._maps.inputs(self.runner.embed(tokens), features)
         return self.state.runner.run(inputs, 0, 1, context)
+
+    def chain(self, state: State, depth: int) -> Tensor:
+        """First choices, one after another: tokens [batch, depth + 1], the root first."""
+        tokens, outputs = [state.last], self.root
+        for level in range(depth):
+            if level:
+                outputs = self.run(tokens[-1], outputs, self.state.chain_context(level, 1))
+            tokens.append(state.rule.first_choice(state, self.logits(outputs), tokens))
+        return torch.cat(tokens, dim=1)
 
     @property
     def words(self) -> int:
@@ -137,12 +147,11 @@ class HeadLayer:
 
     def logits(self, outputs: Tensor) -> Tensor:
         """What follows, by what left the layer [..., hidden]: over the target's vocabulary, [..., vocab]."""
-        logits = self.head.logits(outputs)
+        logits = self._maps.logits(outputs).to(self.runner.device)
         if self._vocabulary is None:
             return logits
         found = logits.new_full((*logits.shape[:-1], self.runner.vocab_size), -torch.inf)
-        found[..., self._vocabulary] = logits
-        return found
+        return found.index_copy_(-1, self._vocabulary, logits)
 
 
 class Eagle(HeadsDrafter):
@@ -155,6 +164,7 @@ class Eagle(HeadsDrafter):
         draft: EagleDraft
 
     def __init__(self, runner: Runner, settings: Settings) -> None:
+        require_kind("eagle", settings.draft)
         super().__init__(runner, settings)
         self.layer = HeadLayer(settings.draft, runner)
         self.needs = self.layer.needs
@@ -173,24 +183,21 @@ class Eagle(HeadsDrafter):
     def draft(self, state: State, depth: int) -> Tensor:
         """See `HeadsDrafter.draft`. The layer's own nodes are those with children, in order."""
         layout, tokens, outputs = self.layout, state.last, self.layer.root
+        if layout.shape.is_chain:
+            return self.layer.chain(state, depth)
         made = [outputs]
         for level in range(depth):
             if level:
                 first, stop = layout.inner_first[level], layout.inner_first[level] + layout.inner[level]
                 features = torch.cat(made, dim=1)[:, layout.inner_parents[first:stop]]
                 nodes = layout.inner_nodes[first:stop]
-                outputs = self.layer.run(tokens[:, nodes], features, self._context(first, stop))
+                context = self.layer.state.tree_context(self._level, self._visible, first, stop)
+                outputs = self.layer.run(tokens[:, nodes], features, context)
                 made.append(outputs)
             so_far = self.tree(state, tokens, level)
             preferences = state.rule.preferences(state, self.layer.logits(outputs), so_far)
             tokens = torch.cat([tokens, layout.children(level, preferences)], dim=1)
         return tokens
-
-    def _context(self, first: int, stop: int) -> Context:
-        """Of the layer's nodes first..stop-1."""
-        if self.layout.shape.is_chain:
-            return self.layer.state.chain_context(first, stop - first)
-        return self.layer.state.tree_context(self._level, self._visible, first, stop)
 
     def along(self, hidden: Tensor, tokens: Tensor, first: int) -> Iterator[Tensor]:
         """See `HeadsDrafter.along`. Each guess is told the text's own tokens before it, as if all drafts were right."""
@@ -200,3 +207,16 @@ class Eagle(HeadsDrafter):
         steps = unrolled(head, embedded, hidden[None, :-1], positions, self.settings.draft.number)
         for index, output in enumerate(steps):
             yield self.layer.logits(output[0, first : max(first, len(tokens) - 2 - index)])
+
+
+def require_kind(strategy: str, draft: EagleDraft) -> None:
+    """Raises UserError for an EAGLE-3 head in another strategy than `eagle3`, and for an EAGLE head in that one."""
+    is_third = isinstance(draft.heads, Eagle3Head)
+    if is_third != (strategy == "eagle3"):
+        kind, fix = ("EAGLE-3", "eagle3") if is_third else ("EAGLE", "eagle2, or eagle for a static tree")
+        raise UserError(f"{strategy}: '{draft.name}' is an {kind} head; use {fix}")
+
+
+def padded(tokens: list[int], length: int) -> list[int]:
+    """With zeros at the end."""
+    return tokens + [0] * (length - len(tokens))

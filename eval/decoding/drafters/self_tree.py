@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eval.decoding.drafters.base import State
 from eval.decoding.drafters.confidence import DISAGREEMENT
-from eval.decoding.growing import Growing, Plan, likeliest
+from eval.decoding.growing import Growing, Plan, along, likeliest
 from eval.decoding.tree import Draft
 from layerskip_model.runner import Runner
 
@@ -89,21 +89,16 @@ class SelfTree:
 
 def made_so_far(state: State, growing: Growing) -> Draft:
     """The nodes that have been run and those that are next, each in the slot of its turn."""
-    count = growing.stop
+    count, plan = growing.stop, growing.plan
     position = state.length + growing.level[:, :count]
-    everything = torch.ones((1, 1), dtype=torch.bool, device=position.device).expand_as(position)
+    everything = plan.everything[:, :count].expand_as(position)
     return Draft(
         tokens=growing.tokens[:, :count],
         parents=growing.parents[:, :count],
         position=position,
-        slot=state.length + torch.arange(count, device=position.device),
+        slot=state.length + plan.order[:, :count],
         valid=everything,
         candidate=everything,
         visible=growing.visible[:, :count, :count],
         in_order=True,
     )
-
-
-def along(index: Tensor, size: int) -> Tensor:
-    """An index [batch, n] of rows, for `gather` from [batch, rows, size]: [batch, n, size]."""
-    return index[..., None].expand(-1, -1, size)

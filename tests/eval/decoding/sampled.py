@@ -28,7 +28,7 @@ DECISIVE = 1e-12
 """A wrong rule must do worse than this."""
 
 
-def sampled_model() -> PreTrainedModel:
+def sampled_model(*, layers: int = 2) -> PreTrainedModel:
     """Six tokens, of which several are likely, and an exit that agrees in part."""
     sizes: dict[str, Any] = {
         "hidden_size": 16,
@@ -37,7 +37,12 @@ def sampled_model() -> PreTrainedModel:
         "num_key_value_heads": 1,
     }
     return agreeing_model(
-        layers=1, scale=1.5, vocab_size=VOCABULARY, num_hidden_layers=2, max_position_embeddings=32, **sizes
+        layers=1,
+        scale=1.5,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=layers,
+        max_position_embeddings=32,
+        **sizes,
     )
 
 

@@ -107,17 +107,18 @@ def the_first_drafts_are_taken_to_be_in_place(patch: pytest.MonkeyPatch) -> None
 
 
 def uncles_for_parents(patch: pytest.MonkeyPatch) -> None:
-    """A node that goes on is taken for a child of its parent's neighbour when its ancestors are looked up."""
-    see = Growing._see_ancestors
+    """The ancestors of a node that goes on are taken to be those of the node beside it."""
+    expand = Growing.expand
 
-    def wrong(self: Growing) -> None:
-        right = self.parents.clone()
-        level = self.parents[:, self.first : self.stop]
-        self.parents[:, self.first : self.stop] = torch.where(level > 1, level - 1, level)
-        see(self)
-        self.parents = right
+    def wrong(self: Growing, log_probabilities: Tensor, tokens: Tensor) -> None:
+        stop = self.stop
+        expand(self, log_probabilities, tokens)
+        if self.stop > stop:
+            now = slice(self.first, self.stop)
+            ancestors = self.visible[:, now] & ~self.plan.itself[now]
+            self.visible[:, now] = ancestors.roll(1, dims=1) | self.plan.itself[now]
 
-    patch.setattr(Growing, "_see_ancestors", wrong)
+    patch.setattr(Growing, "expand", wrong)
 
 
 TREE_BUGS: dict[str, Plant] = {
