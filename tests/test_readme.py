@@ -36,7 +36,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
         (place / f"{number}.txt").write_text("def main(value):\n    return value + 1\n\n" * 20)
     text = (ROOT / "recipes/quickstart/layerskip.yaml").read_text()
     for old, new in {
-        "max_steps: 600": "max_steps: 4",
+        "max_steps: 420": "max_steps: 4",
         "length: 256": "length: 32",
         "hidden_size: 192": "hidden_size: 24",
         "vocab_size: 2048": "vocab_size: 270",
@@ -53,12 +53,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def workplace(recipe: str) -> Path:
-    """A folder in which `runs/quickstart/layerskip` and `runs/quickstart/medusa` are finished runs."""
+    """A folder in which `layerskip`, `medusa` and `eagle` are finished runs of `runs/quickstart`."""
     place = Path(recipe).parent
     run(f"python -m train {recipe} output_dir=runs/quickstart/layerskip", place)
-    heads = f"{ROOT}/recipes/quickstart/medusa.yaml max_steps=2 schedule.warmup_steps=0 evaluate.sequences=4"
     data = f'{{train: [{{kind: text, files: ["{place}/*.txt"]}}], heldout: 0.3}}'
-    run(f"python -m train {heads} batch.length=32 'data={data}'", place)
+    small = f"max_steps=2 schedule.warmup_steps=0 evaluate.sequences=4 batch.length=32 'data={data}'"
+    for heads in ("medusa", "eagle"):
+        run(f"python -m train {ROOT}/recipes/quickstart/{heads}.yaml {small}", place)
     return place
 
 
@@ -80,8 +81,10 @@ def test_the_evaluation_commands(workplace: Path) -> None:
         small = re.sub(r"--max_steps \d+", "--max_steps 6", small)
         if " tree " in small:
             small += " --num_samples 2 --max_steps 6 --max_nodes 4"
-        if "medusa" in small and " benchmark " in small:
+        if "draft=" in small and " benchmark " in small:
             small += " --num_samples 1 --max_steps 6"
+        if " doctor " in small:
+            small += " --num_samples 2"
         if " correctness " in small:
             small += " --num_samples 1 --max_steps 6"
             small = small.replace("--distribution", "--distribution --draws 1000")

@@ -42,7 +42,7 @@ def start(*arguments: object, launcher: list[str] = MODULE) -> subprocess.Popen[
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    output, error = process.communicate(timeout=240)
+    output, error = process.communicate(timeout=600)
     return process.returncode, output, error
 
 

@@ -104,7 +104,7 @@ def test_the_program_prints_tables_and_writes_all_numbers(tmp_path: Path) -> Non
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

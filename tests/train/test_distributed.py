@@ -59,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
             train(parse_recipe(values[name] | {"output_dir": str(folder / f"{name}_one")}))
     finally:
         del OBJECTIVES["toy_heads"]
-    _, error = launched.communicate(timeout=240)
+    _, error = launched.communicate(timeout=600)
     assert launched.returncode == 0, error
     return {name: Both(folder / f"{name}_one", folder / name) for name in values}
 

@@ -51,7 +51,7 @@ def decoded(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("decoded")
     recipe = write_recipe(folder / "recipe.yaml", recipe_values(folder / "run", text, **SETTINGS))
     process = start("-m", "train", str(recipe))
-    _, error = process.communicate(timeout=240)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert "decoded after step 2: self_speculative exit_layer " in error
     return folder / "run"
@@ -108,7 +108,7 @@ def test_two_processes(decoded: Path, text: Path, tmp_path: Path) -> None:
     """One of them decodes, the other waits."""
     path = write_recipe(tmp_path / "recipe.yaml", recipe_values(tmp_path / "run", text, **SETTINGS))
     launched = launch_two("train", str(path))
-    _, error = launched.communicate(timeout=240)
+    _, error = launched.communicate(timeout=600)
     assert launched.returncode == 0, error
     assert_close_weights(tmp_path / "run", decoded)
     for ours, theirs in zip(numbers(tmp_path / "run"), numbers(decoded), strict=True):

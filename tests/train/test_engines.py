@@ -87,7 +87,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(parse_recipe(values["lora"] | {"output_dir": str(folder / "one_lora")}))
         whole = {"output_dir": str(folder / "one_accumulated"), "batch": {"sequences": 4, "length": 16}}
         train(parse_recipe(values["plain"] | whole))
-        _, error = launched.communicate(timeout=240)  # a collective that does not match hangs
+        _, error = launched.communicate(timeout=600)  # a collective that does not match hangs
     finally:
         launched.kill()
     assert launched.returncode == 0, error[-4000:]

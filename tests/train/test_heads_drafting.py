@@ -54,7 +54,7 @@ def decoded(text: Path, base: Path) -> Path:
     """A run that decodes at its checkpoints, by the program itself."""
     recipe = write_recipe(text / "recipe.yaml", medusa_values(text / "run", text, base, **SETTINGS))
     process = start("-m", "train", str(recipe))
-    _, error = process.communicate(timeout=240)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert "decoded after step 3: medusa num_speculations 2: acceptance length " in error
     told = json.loads((text / "run" / "run.json").read_text())["suggested"]
@@ -134,7 +134,7 @@ def test_two_processes(decoded: Path, text: Path, base: Path, tmp_path: Path) ->
     """One of them decodes, the other waits."""
     path = write_recipe(tmp_path / "recipe.yaml", medusa_values(tmp_path / "run", text, base, **SETTINGS))
     launched = launch_two("train", str(path))
-    _, error = launched.communicate(timeout=240)
+    _, error = launched.communicate(timeout=600)
     assert launched.returncode == 0, error
     for ours, theirs in zip(numbers(tmp_path / "run"), numbers(decoded), strict=True):
         assert ours == pytest.approx(theirs)
