@@ -36,7 +36,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
         (place / f"{number}.txt").write_text("def main(value):\n    return value + 1\n\n" * 20)
     text = (ROOT / "recipes/quickstart/layerskip.yaml").read_text()
     for old, new in {
-        "max_steps: 420": "max_steps: 4",
+        "max_steps: 600": "max_steps: 4",
         "length: 256": "length: 32",
         "hidden_size: 192": "hidden_size: 24",
         "vocab_size: 2048": "vocab_size: 270",

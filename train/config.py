@@ -66,7 +66,7 @@ class CheckpointConfig(Section):
 class DecodeConfig(Section):
     """A short greedy decode of held-out prompts with the model in training, against autoregressive decoding."""
 
-    prompts: int = Field(4, ge=1, description="held-out prompts")
+    prompts: int = Field(8, ge=1, description="held-out prompts")
     new_tokens: int = Field(64, ge=2, description="tokens a prompt")
     num_speculations: int = Field(4, ge=1, description="drafts a verification; of heads at most one each")
     exit_layer: int | None = Field(

@@ -167,7 +167,7 @@ def test_a_run_may_begin_from_an_earlier_head(
         )
     else:
         run = train(recipe_of(tmp_path / "run", text, base, kind, earlier, **changes))
-        other, expected = {"bias": False}, r"objective\.bias: False, and the heads of init_heads .* have True"
+        other, expected = {"bias": True}, r"objective\.bias: True, and the heads of init_heads .* have False"
     assert_same_heads(run, runs[kind], 1e-6)
     with pytest.raises(UserError, match=expected):
         train(recipe_of(tmp_path / "other", text, base, kind, earlier | other))

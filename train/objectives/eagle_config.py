@@ -31,7 +31,7 @@ class EagleConfig(DraftLayerConfig):
         0.1, ge=0.0, description="weight of the cross entropy to what the target says"
     )
     bias: bool = Field(
-        True, description="of fc, as the authors' code has it; vLLM and SGLang load heads without"
+        False, description="of fc; the authors' released heads have one, and vLLM loads heads without"
     )
 
 
