@@ -186,11 +186,15 @@ def test_finished_runs_say_so_and_fresh_starts_over(
 
 
 def test_a_second_signal_kills() -> None:
-    with loop.StopRequest() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        with loop.StopRequest() as stop:
             signal.raise_signal(signal.SIGINT)
+            assert stop.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_run_outside_the_main_thread_takes_no_signals(text: Path, tmp_path: Path) -> None:
