@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from eval import Request, run_benchmark
+from eval.decoding.published_trees import published_tree
 from eval.decoding.static_tree import TreeShape
-from eval.draft_heads import drafting_strategy, load_medusa_draft
+from eval.draft_heads import default_tree, drafting_strategy, fitting, load_medusa_draft, named_tree, say
 from eval.drafts import with_loaded_drafts
 from eval.results import Report
 from eval.target import Target, load_target
@@ -268,3 +269,20 @@ def test_heads_are_no_draft_model(answer: Callable[..., Answer], both: list[str]
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("error: --draft")
     assert "heads" in err
+
+
+def test_the_default_tree_depends_on_the_device() -> None:
+    assert default_tree(3, torch.device("cpu")).is_chain
+    on_gpu = default_tree(3, torch.device("cuda"))
+    assert (on_gpu.size, on_gpu.depth) == (61, 3)
+
+
+def test_trees_by_name_are_cut_to_the_heads_which_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    say.cache_clear()
+    assert named_tree("medusa_vicuna_7b_stage1", 4).paths == published_tree("medusa_vicuna_7b_stage1").paths
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        assert named_tree("eagle_mc_sim_7b_63", 2).size == 12
+    said = "tree 'eagle_mc_sim_7b_63' has 5 levels and there are 2 heads: cut to 12 of its 25 nodes\n"
+    assert capsys.readouterr().err == said
+    assert fitting(TreeShape.chain(3), 3) == TreeShape.chain(3)

@@ -29,10 +29,8 @@ from eval.decoding.strategies import make_drafter
 from eval.draft_heads import (
     EAGLE_TREE,
     default_tree,
-    fitting,
     growth_settings,
     load_eagle_draft,
-    named_tree,
     saved_growth,
     say,
     say_default,
@@ -41,11 +39,10 @@ from eval.drafts import loaded
 from eval.generate import Generator
 from eval.prompts import encode_prompts, evenly_spaced
 from eval.target import Target, load_target
-from eval.tree_costs import AnyShape, Costs, drafting_place, sizes_to_measure
+from eval.tree_costs import AnyShape, Costs, drafting_place
 from eval.tree_race import Candidate, finalists, race, shown, valued
 from eval.tree_ranks import Text, continued
 from eval.tree_search import Request, draft_name, may_win, middle_of, search_trees
-from eval.tree_static import Shapes
 from layerskip_model.errors import UserError
 from layerskip_model.formats.eagle import write_eagle
 from layerskip_model.formats.fingerprint import fingerprint
@@ -81,43 +78,6 @@ def eagle(finished_run: Path, tiny_target: Target, tmp_path: Path) -> Path:
         place, head, head.state_dict(), dtype=torch.float32, backbone=tiny_target.runner.backbone, **told
     )
     return place
-
-
-def shares(*rows: list[int], times: int = 3) -> list[torch.Tensor]:
-    """Texts with these ranks at every place."""
-    return [torch.tensor([row] * times) for row in rows]
-
-
-def test_a_trees_length_is_measured_on_texts_that_it_was_not_made_from() -> None:
-    """One half of the texts goes on by rank 1, the other by rank 2: what one half teaches is wrong for the other."""
-    ranks = shares([1, 0], [2, 0], [1, 0], [2, 0], times=9)
-    shapes = Shapes(ranks, 6)
-    two = {shape.size: shape for shape in shapes.trees(1)}[2]
-    assert set(two.paths) == {(1,), (2,)}  # all texts together know both
-    assert shapes.length(two) == 1.0
-    alike = Shapes(shares([1, 0], [1, 0], times=9), 6)
-    (one,) = (shape for shape in alike.trees(1) if shape.size == 1)
-    assert one.paths == ((1,),)
-    assert alike.length(one) == 2.0  # 8 tokens after the first one in 4 steps
-    assert alike.length(TreeShape.chain(1)) == 1.0
-
-
-def test_every_static_tree_is_looked_at_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-    ranks = list(torch.randint(4, (4, 40, 3, 2), generator=generator).amin(dim=-1))
-    shapes = Shapes(ranks, 20)
-    assert [shape.size for shape in shapes.chains() if shape.is_chain] == [1, 2, 3]
-    found = [shape for depth in shapes.depths for shape in shapes.trees(depth)]
-    assert len({shape.paths for shape in found + shapes.chains()}) == len(found) + 3
-    sizes = {depth: [shape.size for shape in shapes.trees(depth)] for depth in shapes.depths}
-    assert sizes[1][-1] == 4  # there are no more ranks
-    assert sizes[2] == list(range(sizes[2][0], 21))
-    assert sizes[3] == list(range(sizes[3][0], 21))
-    measured = {depth: [shape.size for shape in shapes.to_measure(depth)] for depth in shapes.depths}
-    for depth, chosen in measured.items():
-        known = [size for size in sizes_to_measure(20) if size in sizes[depth]]
-        assert set(chosen) <= set(known)
-        assert (chosen[0], chosen[-1]) == (known[0], known[-1])
 
 
 def test_what_is_foretold_is_length_over_the_cost_in_plain_steps() -> None:
@@ -372,22 +332,6 @@ def test_without_a_tree_the_default_is_said_once(
         assert err.count("python -m eval tree") == said
     _, _, err = answer("generate", *flags, *medusa, "--tree", "chain")
     assert "tree.json" not in err
-
-
-def test_the_default_tree_depends_on_the_device() -> None:
-    assert default_tree(3, torch.device("cpu")).is_chain
-    on_gpu = default_tree(3, torch.device("cuda"))
-    assert (on_gpu.size, on_gpu.depth) == (61, 3)
-
-
-def test_trees_by_name_are_cut_to_the_heads_which_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert named_tree("medusa_vicuna_7b_stage1", 4).paths == published_tree("medusa_vicuna_7b_stage1").paths
-    assert capsys.readouterr().err == ""
-    for _ in range(2):
-        assert named_tree("eagle_mc_sim_7b_63", 2).size == 12
-    said = "tree 'eagle_mc_sim_7b_63' has 5 levels and there are 2 heads: cut to 12 of its 25 nodes\n"
-    assert capsys.readouterr().err == said
-    assert fitting(TreeShape.chain(3), 3) == TreeShape.chain(3)
 
 
 TREE = ["tree", "--model", "{base}", "--draft", "{heads}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,6 @@ from layerskip_model.formats.eagle import load_eagle, write_eagle
 from layerskip_model.head_probe import Probe, is_in_one_place, take_probe
 from layerskip_model.medusa import labels_ahead
 from layerskip_model.runner import Runner
-from layerskip_model.token_loss import IGNORE_INDEX
-from train.data.packing import Rows
 from train.metrics import Metrics
 from train.objectives.base import Batch
 from train.objectives.drafting import OWN, DraftingObjective, check_drafts, measured, place_of_earlier
@@ -36,21 +34,16 @@ class DraftLayerObjective(DraftingObjective[Config], Generic[Config]):
     """Base of the objectives around a `FrozenTarget`; step s of the head, from 1 on, guesses the token s + 1 places on.
 
     Attributes:
-        terms: of the loss, as they are counted and logged.
         weights: of each term.
     """
 
     part: ClassVar[str] = "head"
-    terms: list[str]
+    length_key: ClassVar[str] = "steps"
     weights: list[float]
 
     def __init__(self, module: FrozenTarget[Any], config: Config, base: str, longest: int) -> None:
         super().__init__(module, config, base, longest)
         self.steps = [f"step_{step}" for step in range(1, longest + 1)]
-
-    @abstractmethod
-    def labels(self, batch: Batch) -> Tensor:
-        """Labels of each term, IGNORE_INDEX where it has none; the batch is on the host. [terms, batch, seq - 1]."""
 
     @abstractmethod
     def states(self, batch: Batch) -> Tensor:
@@ -60,26 +53,9 @@ class DraftLayerObjective(DraftingObjective[Config], Generic[Config]):
     def head_flops(self, counts: dict[str, int], tokens: int, length: int) -> float:
         """Of the head alone in a step: so many tokens count in each term, of so many in rows of `length`."""
 
-    def rows(self, windows: Rows, part: Literal["train", "heldout"]) -> Rows:
-        """The windows as they are. Raises UserError where some term has nothing to learn from in any of them."""
-        missing = set(self.terms) if part == "train" and len(windows) else set()
-        for row in range(len(windows)):
-            if not missing:
-                return windows
-            batch = {key: values[None] for key, values in windows[row].items()}
-            missing -= {term for term, count in self.count(batch).items() if count}
-        if missing:
-            last = min(missing, key=self.terms.index)
-            raise UserError(
-                f"data.train: no label counts for {last}: no text has so many tokens that count; give longer ones, "
-                "a longer batch.length or fewer objective.steps"
-            )
-        return windows
-
     def count(self, batch: Batch) -> dict[str, int]:
         """The places of each term."""
-        counts = (self.labels(batch) != IGNORE_INDEX).flatten(1).sum(1).tolist()
-        return dict(zip(self.terms, counts, strict=True))
+        return self.counts(batch)
 
     def forward(self, batch: Batch, step: int, denominators: dict[str, float]) -> tuple[Tensor, Metrics]:
         """The weighted sum of all terms, each over its own places.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from layerskip_model.formats.record import Record, write_record
 from layerskip_model.head_probe import Probe
 from layerskip_model.head_terms import HeadMeasures
 from layerskip_model.runner import Runner
+from layerskip_model.token_loss import IGNORE_INDEX
+from train.data.packing import Rows
 from train.flops import model_flops
 from train.metrics import Metrics
-from train.objectives.base import Objective
+from train.objectives.base import Batch, Objective
 from train.objectives.self_speculation import COST_PER_ROW
 from train.section import FrozenModelSection
 
@@ -39,12 +41,16 @@ class DraftingObjective(Objective[Config], Generic[Config]):
 
     Attributes:
         part: the submodule that is exported.
+        length_key: the key of the recipe's `objective` that says how far ahead it learns to guess.
+        terms: of the loss, as they are counted and logged.
         strategy: the one to decode with.
         base: the model that it drafts for, as run.json and the export name it.
         longest: how many tokens it drafts in a row at most, as far as that is measured.
     """
 
     part: ClassVar[str]
+    length_key: ClassVar[str]
+    terms: list[str]
     strategy: str
 
     def __init__(self, module: nn.Module, config: Config, base: str, longest: int) -> None:
@@ -54,6 +60,31 @@ class DraftingObjective(Objective[Config], Generic[Config]):
         self.base = base
         self.longest = longest
         self.flops = model_flops(self.module.model)  # now, as an engine may take the matrices apart
+
+    @abstractmethod
+    def labels(self, batch: Batch) -> Tensor:
+        """Labels of each term, IGNORE_INDEX where it has none; the batch is on the host. [terms, batch, places]."""
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """How many places have a label, for each term."""
+        counts = (self.labels(batch) != IGNORE_INDEX).flatten(1).sum(1).tolist()
+        return dict(zip(self.terms, counts, strict=True))
+
+    def rows(self, windows: Rows, part: Literal["train", "heldout"]) -> Rows:
+        """The windows as they are. Raises UserError where some term has nothing to learn from in any of them."""
+        missing = set(self.terms) if part == "train" and len(windows) else set()
+        for row in range(len(windows)):
+            if not missing:
+                return windows
+            batch = {key: values[None] for key, values in windows[row].items()}
+            missing -= {term for term, count in self.counts(batch).items() if count}
+        if missing:
+            last = min(missing, key=self.terms.index)
+            raise UserError(
+                f"data.train: no label counts for {last}: no text has so many tokens that count; give longer ones, "
+                f"a longer batch.length or fewer objective.{self.length_key} than {self.longest}"
+            )
+        return windows
 
     @abstractmethod
     def write_heads(

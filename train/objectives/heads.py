@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from layerskip_model.errors import UserError
 from layerskip_model.head_terms import HeadMeasures, HeadTerms
 from layerskip_model.medusa import labels_ahead
-from layerskip_model.token_loss import IGNORE_INDEX
-from train.data.packing import Rows
 from train.metrics import Metrics
 from train.objectives.base import FINAL_STATES, Batch, States
 from train.objectives.drafting import OWN, DraftingObjective, check_drafts, measured
@@ -29,6 +27,7 @@ class HeadsObjective(DraftingObjective[Config], Generic[Config]):
     """
 
     part: ClassVar[str] = "heads"
+    length_key: ClassVar[str] = "heads"
     learnt: str = "loss"
 
     def __init__(self, module: nn.Module, config: Config, base: str) -> None:
@@ -41,22 +40,6 @@ class HeadsObjective(DraftingObjective[Config], Generic[Config]):
     def heads_flops(self, counts: dict[str, int], tokens: int, length: int) -> float:
         """Of the heads alone in a step: so many tokens count in each term, of so many in rows of `length`."""
 
-    def rows(self, windows: Rows, part: Literal["train", "heldout"]) -> Rows:
-        """The windows as they are. Raises UserError where some head has nothing to learn in any of them."""
-        missing = set(self.terms) if part == "train" and len(windows) else set()
-        for row in range(len(windows)):
-            if not missing:
-                return windows
-            batch = {key: values[None] for key, values in windows[row].items()}
-            missing -= {term for term, count in self._counts(batch).items() if count}
-        if missing:
-            last = min(missing, key=self.terms.index)
-            raise UserError(
-                f"data.train: no label counts for {last}: no text has so many tokens that count; give longer ones, "
-                f"a longer batch.length or fewer objective.heads than {self.config.heads}"
-            )
-        return windows
-
     def features(self) -> States | None:
         """The final states, where the model that makes them is frozen."""
         width = self.module.backbone.hidden_size
@@ -64,15 +47,14 @@ class HeadsObjective(DraftingObjective[Config], Generic[Config]):
 
     def count(self, batch: Batch) -> dict[str, int]:
         """Each head has its own count, the model only where it trains."""
-        counts = self._counts(batch)
+        counts = self.counts(batch)
         if self.config.freezes_model:
             del counts[OWN]
         return counts
 
-    def _counts(self, batch: Batch) -> dict[str, int]:
-        ahead = labels_ahead(batch["labels"], self.config.heads, batch.get("position_ids"))
-        counts = (ahead != IGNORE_INDEX).flatten(1).sum(1).tolist()
-        return dict(zip(self.terms, counts, strict=True))
+    def labels(self, batch: Batch) -> Tensor:
+        """Each head's, the model's own first."""
+        return labels_ahead(batch["labels"], self.config.heads, batch.get("position_ids"))
 
     def forward(self, batch: Batch, step: int, denominators: dict[str, float]) -> tuple[Tensor, Metrics]:
         """The weighted sum of all terms, each over its own tokens.
