@@ -63,6 +63,8 @@ def load_hydra_draft(target: Target, name: str) -> HydraDraft:
 def load_eagle_draft(target: Target, name: str) -> EagleDraft:
     """An EAGLE or EAGLE-3 head. Raises UserError for one of another model, and for one that is told it wrongly."""
     directory, runner = heads_directory(name), target.runner
+    if (strategy := drafting_strategy(name)) in HEADS_OF.values():
+        raise UserError(f"heads '{name}' are no EAGLE head; draft with the strategy {strategy}")
     head = load_eagle(directory, runner.backbone)
     head = head.to(runner.dtype).requires_grad_(False).eval()
     tree = saved_tree(directory, LEVELS, default_tree(CHAIN_DRAFTS, runner.device, EAGLE_TREE))

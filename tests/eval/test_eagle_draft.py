@@ -165,7 +165,7 @@ BAD: dict[str, tuple[str, str, list[str], str]] = {
         "eagle2 needs draft: a directory of an EAGLE head, or the run that trained it",
     ),
     "a model for a head": ("eagle2", "model", [], "config.json names no head"),
-    "Medusa heads": ("eagle2", "medusa", [], "there is no model.safetensors or pytorch_model.bin in it"),
+    "Medusa heads": ("eagle2", "medusa", [], "are no EAGLE head; draft with the strategy medusa"),
     "for Medusa": ("medusa", "eagle", [], "these are no Medusa heads"),
     "EAGLE-3 for eagle": ("eagle", "eagle3", [], "is an EAGLE-3 head; use eagle3"),
     "EAGLE-3 for eagle2": ("eagle2", "eagle3", [], "is an EAGLE-3 head; use eagle3"),
