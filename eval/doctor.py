@@ -20,6 +20,7 @@ from eval.decoding.static_tree import TreeShape
 from eval.decoding.strategies import make_drafter
 from eval.draft_heads import HEADS_OF, drafting_strategy
 from eval.head_acceptance import (
+    TEXTS,
     Explanation,
     Request,
     acceptance_length,
@@ -103,9 +104,11 @@ def _eagle(target: Target, name: str, directory: Path, request: Request) -> list
     # 2. Whether it says what it said, and guesses as well as it did.
     record, reader = read_record(directory), HeadReader(draft, runner)
     steps = len(record.agreement) or STEPS
-    found.append(_probe(target, draft, record))
+    probe = _probe(target, draft, record)
     hits = partial(hits_of_eagle, reader, steps, reader.right)
-    return found + _acceptance(target, request, record, hits, partial(explanation, reader, steps))
+    explain = partial(explanation, reader, steps)
+    is_told_right = probe.verdict == "ok"
+    return [*found, probe, *_acceptance(target, request, record, hits, explain, is_told_right=is_told_right)]
 
 
 def _medusa_or_hydra(
@@ -207,8 +210,14 @@ def _acceptance(
     record: Record,
     hits: Callable[[Text], Tensor],
     explain: Callable[[list[Text]], Explanation | None] | None = None,
+    *,
+    is_told_right: bool = False,
 ) -> list[Finding]:
-    """How many drafts the target's own text would accept, against what was recorded, and why so few."""
+    """How many drafts the target's own text would accept, against what was recorded, and why so few.
+
+    Few texts tell little, as weak heads are helped by many a mistake on some of them; and where the probe shows that
+    heads are told what they were in training, it is the text that is harder.
+    """
     check, recorded = "acceptance length", record.acceptance_length
     told = "not recorded" if recorded is None else f"{recorded:.2f} in training"
     if request.dataset == HELDOUT and target.run is None:
@@ -219,12 +228,19 @@ def _acceptance(
     if length is None:
         return [Finding(check, "unknown", "-", f"{told}; every continuation is too short")]
     few = recorded is not None and is_far(length, recorded)
-    reason = explain(texts) if explain is not None and (few or recorded is None) else None
+    verdict: Verdict = "unknown" if few or recorded is None else "ok"
     cause = "far fewer drafts would be accepted than when they were trained" if few else ""
-    if reason is not None:
-        cause = f"with {reason.mistake.name} it would be {reason.length:.2f} where it is {reason.before:.2f}"
-    is_wrong = few or reason is not None
-    verdict: Verdict = "wrong" if is_wrong else "unknown" if recorded is None else "ok"
+    if len(texts) < TEXTS:
+        cause = cause and f"{cause}, but {len(texts)} prompts tell little; give --num_samples {TEXTS} or more"
+    elif is_told_right:
+        cause = cause and f"{cause}, on text that they find harder: the probe is right"
+    else:
+        reason = explain(texts) if explain is not None and (few or recorded is None) else None
+        if reason is not None:
+            cause = (
+                f"with {reason.mistake.name} it would be {reason.length:.2f} where it is {reason.before:.2f}"
+            )
+        verdict = "wrong" if few or reason is not None else verdict
     agreement = " ".join(f"{share:.0%}" for share in record.agreement)
     right = " ".join(f"{share:.0%}" for share in shares(seen))
     return [
