@@ -51,22 +51,47 @@ class Drawing(Rule):
         self._table = torch.from_numpy(table).to(state.length.device)  # [batch, places, 3]
         self._row = torch.arange(state.batch, device=state.length.device)[:, None]
         self._begin = torch.tensor(state.prompt_lengths).to(state.length.device)[:, None]  # [batch, 1]
+        self._ahead: tuple[Tensor, Tensor] | None = None  # see `noise_ahead`
+        self._reach = 1
 
     def numbers(self, position: Tensor, purpose: int) -> Tensor:
         """The numbers of places in the text, [batch, n] -> [batch, n]."""
         return self._table[self._row, position - self._begin, purpose]
 
-    def with_noise(self, logits: Tensor, position: Tensor) -> Tensor:
-        """Shaped logits [batch, n, vocab] and the noise of the places that their tokens would have, [batch, n]."""
-        return logits + gumbel_noise(self.numbers(position, OWN), logits)
+    def noise_ahead(self, state: State, logits: Tensor, first: int) -> Tensor:
+        """The noise of the places after nodes first, first + 1, ... of a chain, like logits [batch, m, vocab].
 
-    def own(self, logits: Tensor, position: Tensor) -> Tensor:
-        """The target's own tokens for places in the text, [batch, n]; -1 where no token is possible.
-
-        Shaped logits [batch, n, vocab]; position [batch, n].
+        Drafting and verification want that of the same places, and one call for all of them takes hardly longer than
+        for one: so it is made once in a step, for as many places as any step of this decode wanted.
         """
-        best, tokens = self.with_noise(logits, position).max(dim=-1)
-        return torch.where(best > -torch.inf, tokens, -1)
+        stop = first + logits.shape[1]
+        if self._ahead is not None:
+            step, made = self._ahead
+            if step is state.length and stop <= made.shape[1] and _are_alike(made, logits):
+                return made[:, first:stop]
+        self._reach = max(self._reach, stop)
+        position = state.length + torch.arange(1, self._reach + 1, device=state.length.device)
+        made = gumbel_noise(self.numbers(position, OWN), logits)
+        self._ahead = state.length, made
+        return made[:, first:stop]
+
+    def with_noise(self, state: State, shaped: Tensor, draft: Draft) -> Tensor:
+        """Shaped logits after a draft's last m nodes [batch, m, vocab], and the noise of the places that follow."""
+        m = shaped.shape[1]
+        if draft.is_chain:
+            return shaped + self.noise_ahead(state, shaped, draft.num_nodes - m)
+        return shaped + gumbel_noise(self.numbers(draft.position[:, -m:] + 1, OWN), shaped)
+
+    def own(self, state: State, shaped: Tensor, draft: Draft) -> Tensor:
+        """The target's own tokens after every node of a draft, [batch, n]; -1 where no token is possible.
+
+        Shaped logits [batch, n, vocab].
+        """
+        return best_possible(self.with_noise(state, shaped, draft))
+
+    def own_at(self, logits: Tensor, position: Tensor) -> Tensor:
+        """The target's own tokens for any places in the text, [batch, n]; logits [batch, n, vocab]."""
+        return best_possible(logits + gumbel_noise(self.numbers(position, OWN), logits))
 
 
 class Sampling(Drawing):
@@ -96,8 +121,12 @@ class Sampling(Drawing):
 
     def preferences(self, state: State, logits: Tensor, draft: Draft) -> Tensor:
         """Shaped logits and the noise of the places after those nodes."""
-        shaped = self.shaped(state, logits, draft)
-        return self.with_noise(shaped, draft.position[:, -logits.shape[1] :] + 1)
+        return self.with_noise(state, self.shaped(state, logits, draft), draft)
+
+    def first_choice(self, state: State, logits: Tensor, tokens: list[Tensor]) -> Tensor:
+        """The best of these preferences."""
+        shaped = self.shaping.after_chain(state, logits, tokens)
+        return (shaped + self.noise_ahead(state, shaped, len(tokens) - 1)).argmax(dim=-1)
 
     def draft(self, state: State, logits: Tensor, tokens: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """A token drawn from q, [batch, 1], and q, [batch, 1, vocab]."""
@@ -111,7 +140,7 @@ class Sampling(Drawing):
         """
         shaped = self.shaped(state, logits, draft)
         if draft.q is None:
-            outcome = follow(self.own(shaped, draft.position + 1), logits, draft)
+            outcome = follow(self.own(state, shaped, draft), logits, draft)
         else:
             outcome = self._reject(shaped.softmax(dim=-1), draft.q, logits, draft)
         check_possible(state, outcome)
@@ -128,7 +157,7 @@ class Sampling(Drawing):
         taken = (kept & proposed).cumprod(dim=1).sum(dim=1, keepdim=True)  # [batch, 1]
         # 2. Draw the target's own token after the last accepted node.
         weights = own_weights(p, q, proposed, taken)  # [batch, 1, vocab]
-        own = self.own(weights.log(), draft.position.gather(1, taken) + 1)  # [batch, 1]
+        own = self.own_at(weights.log(), draft.position.gather(1, taken) + 1)  # [batch, 1]
         # 3. Tell the host: the step's one synchronisation.
         columns = [taken, own, proposed.sum(dim=1, keepdim=True), drafts]
         outcome = Outcome(draft, [], [], [], logits)
@@ -156,6 +185,17 @@ def gumbel_noise(numbers: Tensor, like: Tensor) -> Tensor:
     bits = (_mixed(mixed) >> 11) & (2**53 - 1)
     uniform = ((bits.to(like.dtype) + 0.5) * 2.0**-53).clamp(max=1 - torch.finfo(like.dtype).eps)
     return -(-(-uniform).log1p()).log()  # small numbers, the ones that decide, are the exact ones
+
+
+def best_possible(logits: Tensor) -> Tensor:
+    """The best token, logits [..., vocab] -> [...]; -1 where none is possible."""
+    best, tokens = logits.max(dim=-1)
+    return torch.where(best > -torch.inf, tokens, -1)
+
+
+def _are_alike(noise: Tensor, logits: Tensor) -> bool:
+    """Whether noise that was made for other logits serves these."""
+    return (noise.shape[2], noise.dtype, noise.device) == (logits.shape[2], logits.dtype, logits.device)
 
 
 @cache

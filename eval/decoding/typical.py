@@ -52,7 +52,7 @@ class Typical(Drawing):
             raise ValueError("typical acceptance has no use for drafts that were drawn; q must be None")
         shaped = self.shaped(state, logits, draft)
         p = shaped.softmax(dim=-1)  # [batch, n, vocab], the target's distribution
-        own = self.own(shaped, draft.position + 1)  # [batch, n]
+        own = self.own(state, shaped, draft)  # [batch, n]
         # 1. What each draft has to exceed, and what it has: both after its parent.
         limit = (self.alpha * (-torch.special.entr(p).sum(dim=-1)).exp()).clamp(max=self.threshold)
         parent = draft.parents.clamp(min=0)  # [batch, n]

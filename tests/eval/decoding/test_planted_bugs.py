@@ -203,10 +203,13 @@ def same_numbers_everywhere(patch: pytest.MonkeyPatch) -> None:
 
 def noise_of_one_place(patch: pytest.MonkeyPatch) -> None:
     """Whatever the place, the target's own token has the noise of the first one."""
-    own = sampling.Sampling.own
-    patch.setattr(
-        sampling.Sampling, "own", lambda self, logits, position: own(self, logits, position * 0 + self._begin)
-    )
+    numbers = sampling.Drawing.numbers
+
+    def wrong(self: sampling.Drawing, position: Tensor, purpose: int) -> Tensor:
+        is_own = purpose == sampling.OWN
+        return numbers(self, self._begin.expand_as(position) if is_own else position, purpose)
+
+    patch.setattr(sampling.Drawing, "numbers", wrong)
 
 
 SAMPLING_BUGS: dict[str, Plant] = {

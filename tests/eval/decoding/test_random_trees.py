@@ -20,7 +20,7 @@ from eval.decoding.cache import Cache
 from eval.decoding.drafters import base
 from eval.decoding.drafters.autoregressive import Autoregressive
 from eval.decoding.drafters.base import State
-from eval.decoding.sampling import Drawing, Sampling
+from eval.decoding.sampling import Sampling
 from eval.decoding.shaping import Shaping
 from eval.decoding.speculate import Generation, decode
 from eval.decoding.tree import Draft
@@ -242,8 +242,8 @@ def test_planted_bugs_are_found(bug: str, name: str, monkeypatch: pytest.MonkeyP
 def test_a_number_that_serves_two_places_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sampling: all nodes of a tree draw by the number of the root's place."""
     future_of("mistral", "sampling")
-    own = Drawing.own
+    noise = sampling.gumbel_noise
     monkeypatch.setattr(
-        Drawing, "own", lambda self, p, position: own(self, p, position[:, :1].expand_as(position))
+        sampling, "gumbel_noise", lambda numbers, like: noise(numbers[:, :1].expand_as(numbers), like)
     )
     assert not trees_are_right("sampling")

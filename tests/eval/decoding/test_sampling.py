@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eval.decoding import sampling
 from eval.decoding.acceptance import Outcome
+from eval.decoding.drafters.base import State
 from eval.decoding.sampling import (
     ACCEPT,
     DRAFT,
@@ -21,6 +22,7 @@ from eval.decoding.sampling import (
     Sampling,
     acceptance,
     draw,
+    gumbel_noise,
     own_weights,
 )
 from eval.decoding.shaping import Shaping
@@ -135,7 +137,10 @@ def chain(tokens: Tensor, q: Tensor | None, **changes: Tensor) -> Draft:
 class Numbered(Sampling):
     """The target's own token is drawn by its place's one number: so all that can happen can be gone through."""
 
-    def own(self, logits: Tensor, position: Tensor) -> Tensor:
+    def own(self, state: State, shaped: Tensor, draft: Draft) -> Tensor:
+        return self.own_at(shaped, draft.position + 1)
+
+    def own_at(self, logits: Tensor, position: Tensor) -> Tensor:
         weights = logits.exp()
         tokens = draw(weights, self.numbers(position, OWN))
         return torch.where(weights.gather(2, tokens[..., None])[..., 0] > 0, tokens, -1)
@@ -294,6 +299,31 @@ def test_a_row_that_nothing_can_follow_is_an_error_unless_it_has_ended(value: fl
         rule.accept(state, logits, chain(torch.zeros((2, 1), dtype=torch.int64), None))
     state.finished = [False, True]
     assert len(rule.accept(state, logits, chain(torch.zeros((2, 1), dtype=torch.int64), None)).tokens) == 2
+
+
+def test_a_step_makes_the_noise_of_its_places_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks first, and for as many places as an earlier step wanted; the next step makes its own."""
+    made: list[int] = []
+
+    def counting(numbers: Tensor, like: Tensor) -> Tensor:
+        made.append(numbers.shape[1])
+        return gumbel_noise(numbers, like)
+
+    monkeypatch.setattr(sampling, "gumbel_noise", counting)
+    rule, state, generator = Sampling(Shaping({}, (), 50), seed=3), stub_state(2, 20), torch.Generator()
+    rule.begin(state)
+    for committed, reach in ((0, 4), (3, 4), (5, 6)):
+        state.length = torch.tensor([[committed], [committed + 2]])
+        tokens = [torch.zeros((2, 1), dtype=torch.int64)]
+        logits = torch.randn((2, reach, 50), generator=generator)
+        place = state.length + torch.arange(1, reach + 1)
+        wanted = (logits + gumbel_noise(rule.numbers(place, OWN), logits)).argmax(dim=-1)
+        for node in range(reach - 1):
+            tokens.append(rule.first_choice(state, logits[:, node : node + 1], tokens))
+        draft = chain(torch.cat(tokens, dim=1), None)
+        assert draft.tokens[:, 1:].tolist() == wanted[:, :-1].tolist()
+        assert rule.own(state, logits, draft).tolist() == wanted.tolist()
+    assert made == [1, 2, 3, 4, 4, 4, 5, 6]
 
 
 SETTINGS: list[dict[str, Any]] = [

@@ -186,9 +186,9 @@ def no_residual(patch: pytest.MonkeyPatch) -> None:
     follow, own = sampling.follow, Drawing.own
     told: dict[str, Any] = {}
 
-    def remember(self: Drawing, logits: Tensor, position: Tensor) -> Tensor:
-        told["again"] = draw(logits.softmax(dim=-1), self.numbers(position, ACCEPT))
-        return own(self, logits, position)
+    def remember(self: Drawing, state: State, shaped: Tensor, draft: Draft) -> Tensor:
+        told["again"] = draw(shaped.softmax(dim=-1), self.numbers(draft.position + 1, ACCEPT))
+        return own(self, state, shaped, draft)
 
     def wrong(choices: Tensor, logits: Tensor, draft: Draft) -> Outcome:
         outcome = follow(choices, logits, draft)
@@ -202,8 +202,10 @@ def no_residual(patch: pytest.MonkeyPatch) -> None:
 
 def one_number_for_all_places(patch: pytest.MonkeyPatch) -> None:
     """All nodes of a tree draw by the number of the root's place."""
-    own = Drawing.own
-    patch.setattr(Drawing, "own", lambda self, p, position: own(self, p, position[:, :1].expand_as(position)))
+    noise = sampling.gumbel_noise
+    patch.setattr(
+        sampling, "gumbel_noise", lambda numbers, like: noise(numbers[:, :1].expand_as(numbers), like)
+    )
 
 
 def unshaped(patch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ class Numbered(Typical):
     """The target's own token is drawn by its place's one number."""
 
     own = test_sampling.Numbered.own
+    own_at = test_sampling.Numbered.own_at
 
 
 def accept_with(
