@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedConfig
 
 from layerskip_model.head_map import chunk_bytes, sum_dtype
+from layerskip_model.merged_attention import MergedAttention, halves
 
 ATTENTION = "unrolled"  # the name under which transformers' layers find `_attention`
 
@@ -44,6 +45,11 @@ class Steps:
         self.keys.append(keys)
         self.values.append(values)
         return keys, values
+
+    @cached_property
+    def is_causal(self) -> bool:
+        """Whether every place sees all of step 0 before it. Waits for the device."""
+        return self.window is None and bool((self.position_ids.diff(dim=-1) == 1).all())
 
     @property
     def newest(self) -> int:
@@ -90,9 +96,15 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The newest of `steps`, a step after step 0, whose keys and values are in there already.
 
-    A few rows at a time, which backward computes again: scores are never held for the whole text. `query` [batch,
-    heads, seq, head dim] -> [batch, seq, heads, head dim].
+    By torch's own kernel where that can; else a few rows at a time, which backward computes again: scores are never
+    held for the whole text. `query` [batch, heads, seq, head dim] -> [batch, seq, heads, head dim].
     """
+    if query.device.type == "cpu" and not dropout and softcap is None and steps.is_causal:
+        parts = [each[step] for each in (steps.keys, steps.values) for step in [0, *steps.later()]]
+        query, *parts = [part.to(value.dtype) for part in (query, *parts)]  # they differ under autocast
+        (keys, *own_keys), (values, *own_values) = halves(parts)
+        merged = MergedAttention.apply(query, keys, values, scaling, *own_keys, *own_values)
+        return merged.transpose(1, 2), None
     batch, heads, length, _dim = query.shape
     grouped = query.unflatten(1, (key.shape[1], -1))  # [batch, kv heads, group, seq, head dim]
     size = max(1, chunk_bytes(query.device) // (4 * batch * heads * length))

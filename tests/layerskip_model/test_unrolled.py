@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layerskip_model import head_map
+from layerskip_model import unrolled as unrolled_module
 from layerskip_model.backbone import Backbone
 from layerskip_model.eagle import unrolled
 from layerskip_model.layer_runner import LayerRunner
@@ -74,11 +75,42 @@ def test_every_place_computes_what_drafting_from_it_does(
     """Outputs and gradients, of packed texts, in blocks of rows, with windows shorter than the texts or the steps."""
     monkeypatch.setattr(head_map, "CPU_CHUNK_BYTES", 3 * 4 * 3 * 4 * 8)
     made, embedded, features, positions = some_inputs(kind, head, tiny_model(kind, **changes))
-    actual = torch.stack(list(unrolled(made, embedded, features, positions, STEPS)))
-    of_actual = gradients(made, features, actual)
-    each = naive(made, embedded, features, positions)
+    compare(made, embedded, features, positions)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_whole_texts_are_attended_to_by_one_kernel(
+    kind: str, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients, where no place is hidden but those after it."""
+    model = tiny_model(kind)
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    made, embedded, features, _ = some_inputs(kind, head, model)
+    monkeypatch.delattr(unrolled_module, "_rows")  # what attends otherwise
+    compare(made, embedded, features, torch.arange(8).expand(3, -1))
+
+
+@torch.no_grad()
+def test_that_kernel_runs_under_autocast() -> None:
+    """Where queries and values have several dtypes."""
+    model = tiny_model("llama").float()
+    made, embedded, features, _ = some_inputs("llama", "eagle3", model)
+    inputs = embedded.float(), features.float(), torch.arange(8)[None]
+    made.float()
+    expected = torch.stack(list(unrolled(made, *inputs, STEPS)))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.stack(list(unrolled(made, *inputs, STEPS)))
+    assert (actual - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def compare(head: Head, embedded: Tensor, features: Tensor, positions: Tensor) -> None:
+    """With the naive twin: outputs, and gradients of all parts."""
+    actual = torch.stack(list(unrolled(head, embedded, features, positions, STEPS)))
+    of_actual = gradients(head, features, actual)
+    each = naive(head, embedded, features, positions)
     expected = torch.stack([torch.stack([torch.stack(row) for row in step]) for step in each])
-    of_expected = gradients(made, features, expected)
+    of_expected = gradients(head, features, expected)
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
     assert of_actual.keys() == of_expected.keys()
     for name, value in of_actual.items():
