@@ -40,12 +40,12 @@ from layerskip_model.eagle3 import Eagle3Head
 from layerskip_model.errors import UserError
 from layerskip_model.formats import heads_import
 from layerskip_model.formats.eagle import build, eagle_kind, read_eagle
-from layerskip_model.formats.eagle_config import rope_of
 from layerskip_model.formats.fingerprint import checkpoint_directory, fingerprint
 from layerskip_model.formats.heads import heads_directory
 from layerskip_model.formats.huggingface import has_plain_weights
 from layerskip_model.formats.record import Record, read_record
 from layerskip_model.head_probe import Head
+from layerskip_model.rope import names_base, rope_of, spoken_rope
 
 STEPS = 5  # of an EAGLE head that nobody measured
 Verdict = Literal["ok", "wrong", "unknown"]
@@ -149,20 +149,14 @@ def _fingerprint(target: Target, config: dict[str, object]) -> Finding:
 def _rope(target: Target, config: dict[str, object]) -> Finding:
     """How the head's configuration turns positions, and how the model's does."""
     kind = target.runner.kinds[0]
-    ours = rope_of(target.runner.backbone.config.to_dict(), kind)
-    if not config.keys() & {"rope_theta", "rope_parameters", "rope_scaling"}:
-        return Finding("RoPE", "unknown", _spoken(ours), "config.json names none")
-    theirs = rope_of(config, kind)
-    is_same = all(theirs[key] == ours[key] for key in theirs.keys() & ours.keys())
-    cause = "" if is_same else "the head was trained with another RoPE than this model has"
-    return Finding("RoPE", "ok" if is_same else "wrong", _spoken(ours), _spoken(theirs), cause)
-
-
-def _spoken(rope: dict[str, object]) -> str:
-    """Its base first."""
-    return ", ".join(
-        [f"base {rope['rope_theta']:g}", *(f"{key} {rope[key]}" for key in rope if key != "rope_theta")]
+    ours, theirs = rope_of(target.runner.backbone.config.to_dict(), kind), rope_of(config, kind)
+    told = spoken_rope(theirs) + ("" if names_base(config, kind) else " (none is named)")
+    if theirs == ours:
+        return Finding("RoPE", "ok", told, "the model's")
+    cause = (
+        "the head's is not the model's, which is right if it was trained so: config.json alone cannot tell"
     )
+    return Finding("RoPE", "unknown", told, f"{spoken_rope(ours)} in the model", cause)
 
 
 def _sizes(target: Target, head: Head) -> list[Finding]:

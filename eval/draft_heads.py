@@ -28,6 +28,7 @@ from layerskip_model.formats.eagle import eagle_kind, load_eagle
 from layerskip_model.formats.heads import heads_directory
 from layerskip_model.formats.hydra import load_hydra
 from layerskip_model.formats.medusa import load_medusa
+from layerskip_model.rope import rope_of, spoken_rope
 
 HEADS_OF = {"medusa_num_heads": "medusa", "hydra_num_heads": "hydra"}
 """what the config.json of heads has -> the strategy that drafts with them"""
@@ -69,7 +70,13 @@ def load_eagle_draft(target: Target, name: str) -> EagleDraft:
     head = head.to(runner.dtype).requires_grad_(False).eval()
     tree = saved_tree(directory, LEVELS, default_tree(CHAIN_DRAFTS, runner.device, EAGLE_TREE))
     draft = EagleDraft.of(name, head, runner, tree=tree, growth=saved_growth(directory, runner.device))
-    require_probe(draft, runner, directory)
+    if not require_probe(draft, runner, directory) and head.layer.rope is not None:
+        own = spoken_rope(head.layer.rope.parameters)
+        ours = spoken_rope(rope_of(runner.backbone.config.to_dict(), head.layer.kind))
+        say(
+            f"heads '{name}' turn positions as their config.json says ({own}), not as the model does ({ours}), and no "
+            "probe tells whether they were trained so; if not, correct config.json"
+        )
     return draft
 
 

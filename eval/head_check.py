@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from eval.decoding.drafters.eagle import EagleDraft
-from eval.head_reading import HeadReader, Reading, turned
+from eval.head_reading import HeadReader, Reading, turning
 from layerskip_model.errors import UserError
 from layerskip_model.formats.huggingface import DTYPES, has_plain_weights
 from layerskip_model.formats.record import read_record
@@ -70,7 +70,7 @@ def compare(draft: EagleDraft, runner: Runner, probe: Probe) -> Agreement:
 
     def off(reading: Reading) -> float:
         told = reader.told(reading, tokens)
-        with turned(runner.backbone, reading.head_base):
+        with turning(reader.head.layer, reading.rope):
             return distance(probe, list(said(reader.head, *told, tokens)))
 
     found = off(reader.right)
@@ -83,17 +83,18 @@ def compare(draft: EagleDraft, runner: Runner, probe: Probe) -> Agreement:
     return Agreement(found, allowed, (best, left) if left < BETTER * found else None)
 
 
-def require_probe(draft: EagleDraft, runner: Runner, directory: Path) -> None:
+def require_probe(draft: EagleDraft, runner: Runner, directory: Path) -> bool:
     """Refuse a head that says something else than when it was exported, as far as what lies beside it tells.
 
-    Raises UserError. Quantized targets say something else themselves.
+    Whether anything does. Raises UserError. Quantized targets say something else themselves.
     """
     probe = read_record(directory).probe
     if probe is None or not has_plain_weights(runner.model):
-        return
+        return False
     found = compare(draft, runner, probe)
     if not found.is_right:
         raise UserError(
             f"heads '{draft.name}' do not say here what they said when they were exported: {found.in_words()}; "
             "python -m eval doctor says more"
         )
+    return True

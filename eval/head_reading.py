@@ -14,9 +14,11 @@ from torch import Tensor
 from eval.decoding.cache import Cache, SpanView
 from eval.decoding.drafters.eagle import EagleDraft, HeadLayer
 from layerskip_model.backbone import Backbone
+from layerskip_model.draft_layer import DraftLayer
 from layerskip_model.eagle import unrolled
 from layerskip_model.eagle3 import Eagle3Head
 from layerskip_model.head_probe import Head
+from layerskip_model.rope import Rope, plain_rope, rope_of
 from layerskip_model.runner import Runner
 
 BASES = (0.01, 0.02, 0.1, 10.0, 50.0, 100.0)  # models have 10 thousand, 500 thousand and a million
@@ -31,7 +33,8 @@ class Reading:
         layers: the target's layers whose outgoing states are its features.
         shift: how many places later a feature is from than it should.
         normed: whether an EAGLE head's are those after the final norm.
-        base, head_base: what the target's RoPE base is multiplied by, in its own layers and in the head's.
+        base: what the target's RoPE base is multiplied by in its own layers.
+        rope: how the head turns positions, None for as it does.
     """
 
     name: str
@@ -39,7 +42,7 @@ class Reading:
     shift: int = 0
     normed: bool = True
     base: float = 1.0
-    head_base: float = 1.0
+    rope: Rope | None = None
 
 
 class HeadReader:
@@ -72,12 +75,24 @@ class HeadReader:
         ]
         if not isinstance(self.head, Eagle3Head):
             found.append(replace(right, name="features from before the final norm", normed=False))
-        for times in BASES:
-            own = f"a RoPE base of the head's own, the model's times {times:g}"
-            found.append(replace(right, name=own, head_base=times))
-        for times in BASES:
-            both = f"the model's RoPE base times {times:g}"
-            found.append(replace(right, name=both, base=times, head_base=times))
+        return found + self._other_ropes()
+
+    def _other_ropes(self) -> list[Reading]:
+        """The head's, then those of the target, which the head has too unless it has its own."""
+        backbone, layer = self.runner.backbone, self.head.layer
+        of_model = rope_of(backbone.config.to_dict(), layer.kind)
+        own = of_model if layer.rope is None else layer.rope.parameters
+        others = {"the model's RoPE in the head": of_model, "RoPE of base 10000 in the head": plain_rope(own)}
+        times = {f"the head's RoPE base times {by:g}": _multiplied(own, by) for by in BASES}
+        found = [
+            replace(self.right, name=name, rope=Rope(backbone, other))
+            for name, other in (others | times).items()
+            if other != own
+        ]
+        for by in BASES:
+            with_model = None if layer.rope is not None else Rope(backbone, _multiplied(own, by))
+            name = f"the model's RoPE base times {by:g}"
+            found.append(replace(self.right, name=name, base=by, rope=with_model))
         return found
 
     def told(self, reading: Reading, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,9 +112,8 @@ class HeadReader:
         Each is told the text's own tokens before it. Yields the target's ids, int64 [seq - 2 - s].
         """
         embedded, features = self.told(reading, tokens)
-        places = torch.arange(len(tokens) - 1, device=tokens.device)[None]
-        with turned(self.runner.backbone, reading.head_base):
-            for step, output in enumerate(unrolled(self.head, embedded, features, places, steps)):
+        with turning(self.head.layer, reading.rope):
+            for step, output in enumerate(unrolled(self.head, embedded, features, None, steps)):
                 best = self.head.logits(output[0, : max(0, len(tokens) - 2 - step)]).argmax(dim=-1)
                 yield self.head.vocabulary.to_target(best) if isinstance(self.head, Eagle3Head) else best
 
@@ -124,9 +138,24 @@ def _spoken(head: Head, layers: tuple[int, ...]) -> str:
     return f"the features of layer {layers[0]}, counted from 0"
 
 
+def _multiplied(parameters: dict[str, Any], by: float) -> dict[str, Any]:
+    return parameters | {"rope_theta": parameters["rope_theta"] * by}
+
+
+@contextmanager
+def turning(layer: DraftLayer, rope: Rope | None) -> Iterator[None]:
+    """The layer turns positions so meanwhile; None: as it does."""
+    before = layer.rope
+    layer.rope = before if rope is None else rope
+    try:
+        yield
+    finally:
+        layer.rope = before
+
+
 @contextmanager
 def turned(backbone: Backbone, times: float) -> Iterator[None]:
-    """Everything that asks for rotary tables gets them of another base meanwhile."""
+    """Whoever asks for the model's rotary tables gets them of another base meanwhile."""
     if times == 1.0:
         yield
         return

@@ -159,9 +159,7 @@ class Backbone:
 
         `kind` is an attention kind: some models turn each by another base.
         """
-        rotary_emb: Any = self.base.rotary_emb
-        per_kind = "layer_type" in inspect.signature(rotary_emb.forward).parameters
-        return rotary_emb(like, position_ids, *((kind,) if per_kind else ()))
+        return rotary_tables(self.base.rotary_emb, like, position_ids, kind)
 
     def final_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """The model's own forward up to and with the final norm. Tokens [batch, seq] -> [batch, seq, hidden].
@@ -170,6 +168,14 @@ class Backbone:
         model makes that mask.
         """
         return self.base(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def rotary_tables(
+    rotary_emb: nn.Module, like: Tensor, position_ids: Tensor, kind: str
+) -> tuple[Tensor, Tensor]:
+    """See `Backbone.rotary`, of any model's module for it."""
+    per_kind = "layer_type" in inspect.signature(rotary_emb.forward).parameters
+    return rotary_emb(like, position_ids, *((kind,) if per_kind else ()))
 
 
 class _Interception:

@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from layerskip_model.backbone import Backbone, model_device
 from layerskip_model.context import KeyValues
+from layerskip_model.rope import Rope
 from layerskip_model.runner import KINDS, attention_kinds
 
 MASKS = dict(zip(KINDS, (create_causal_mask, create_sliding_window_causal_mask), strict=True))
@@ -19,12 +20,14 @@ MASKS = dict(zip(KINDS, (create_causal_mask, create_sliding_window_causal_mask),
 class DraftLayer(nn.Module):
     """One decoder layer of the target's class, as its first one is, with new weights in float32.
 
-    It sees positions and documents as the target's layers do: their rotary tables and their masks.
+    It sees positions and documents as the target's layers do: their masks, and their rotary tables unless it has its
+    own.
 
     Attributes:
         layer: the transformers layer, number 0 of whatever cache it runs over.
         kind: its attention, "full_attention" or "sliding_attention".
         width: of what enters it.
+        rope: its own RoPE, where it was trained with another than the target's; else None.
 
     Raises UserError for a target whose attention can not be decoded here.
     """
@@ -34,6 +37,7 @@ class DraftLayer(nn.Module):
         kinds, _ = attention_kinds(backbone.config, backbone.num_layers)
         self.kind = kinds[0]
         self.width = backbone.hidden_size
+        self.rope: Rope | None = None
         self._backbone = backbone  # no module: its weights are not this one's
         layer: Any = type(backbone.layers[0])
         with torch.device(model_device(backbone.layers[0])):
@@ -64,9 +68,14 @@ class DraftLayer(nn.Module):
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=cache is not None,
-            position_embeddings=self._backbone.rotary(hidden, position_ids, self.kind),
+            position_embeddings=self.rotary(hidden, position_ids),
         )
         return output if isinstance(output, Tensor) else output[0]
+
+    def rotary(self, like: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Backbone.rotary`, for this layer."""
+        source = self._backbone if self.rope is None else self.rope
+        return source.rotary(like, position_ids, self.kind)
 
 
 def new_norm(backbone: Backbone) -> nn.Module:

@@ -38,9 +38,12 @@ class EagleLayer(DraftLayer):
         _, windows = attention_kinds(backbone.config, backbone.num_layers)
         self._window = windows[self.kind]
 
-    def begin(self, inputs: Tensor, position_ids: Tensor) -> tuple[Tensor, Steps]:
-        """Step 0, which is `forward`, and what later steps go on from. Shapes as there, `position_ids` needed."""
-        steps = Steps(position_ids, self._window)
+    def begin(self, inputs: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Steps]:
+        """Step 0, which is `forward`, and what later steps go on from. Shapes as there."""
+        is_whole = position_ids is None
+        if position_ids is None:
+            position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None]
+        steps = Steps(position_ids, self._window, is_whole=is_whole)
         return self(inputs, position_ids, steps), steps
 
     def go_on(self, inputs: Tensor, steps: Steps) -> Tensor:
@@ -54,7 +57,7 @@ class EagleLayer(DraftLayer):
                 position_ids=position_ids,
                 past_key_values=steps,
                 use_cache=True,
-                position_embeddings=self._backbone.rotary(inputs, position_ids, self.kind),
+                position_embeddings=self.rotary(inputs, position_ids),
                 steps=steps,
             )
         return output if isinstance(output, Tensor) else output[0]
@@ -108,7 +111,7 @@ class EagleHead(nn.Module):
 
 
 def unrolled(
-    head: DraftHead, embedded: Tensor, features: Tensor, position_ids: Tensor, steps: int
+    head: DraftHead, embedded: Tensor, features: Tensor, position_ids: Tensor | None, steps: int
 ) -> Iterator[Tensor]:
     """What leaves the layer in each step, for every place of a text: `steps` times [batch, seq, hidden].
 
@@ -119,7 +122,7 @@ def unrolled(
         head: an EAGLE or EAGLE-3 head.
         embedded: the target's embeddings of the tokens one after each place, [batch, seq, hidden].
         features: of each place, [batch, seq, hidden].
-        position_ids: of each place, [batch or 1, seq]; they restart with each document.
+        position_ids: of each place, [batch or 1, seq]; they restart with each document. None: each row is one.
         steps: how many, 1 or more.
     """
     output, so_far = head.layer.begin(head.inputs(embedded, features), position_ids)

@@ -38,10 +38,14 @@ def feature_layers(num_layers: int, given: Sequence[int] | None = None) -> tuple
 
 
 class JoinedAttention(nn.Module):
-    """The target's attention over [norm(E) ; norm(h)], twice as wide as its own input."""
+    """The target's attention over [norm(E) ; norm(h)], twice as wide as its own input.
 
-    def __init__(self, attention: nn.Module, backbone: Backbone) -> None:
+    `is_normed`: what it is given is norm(h) already.
+    """
+
+    def __init__(self, attention: nn.Module, backbone: Backbone, *, is_normed: bool) -> None:
         super().__init__()
+        self.is_normed = is_normed
         found = [name for name in PROJECTIONS if hasattr(attention, name)]
         if not found:
             raise UserError(
@@ -66,22 +70,37 @@ class JoinedAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, embedded: Tensor, **kwargs: Any) -> Any:
         """As the attention's own; `embedded` is as wide as `hidden_states`."""
-        joined = torch.cat((self.input_layernorm(embedded), self.hidden_norm(hidden_states)), dim=-1)
+        normed = hidden_states if self.is_normed else self.hidden_norm(hidden_states)
+        joined = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
         return self.attention(hidden_states=joined, **kwargs)
 
 
 class JoinedLayer(nn.Module):
-    """A decoder layer around `JoinedAttention`, its residual on the second half of what it is given."""
+    """A decoder layer around `JoinedAttention`, its residual on the second half of what it is given.
 
-    def __init__(self, layer: nn.Module, backbone: Backbone) -> None:
+    Attributes:
+        norm_before_residual: whether the residual is on norm(h) instead of h.
+    """
+
+    def __init__(self, layer: nn.Module, backbone: Backbone, *, norm_before_residual: bool = False) -> None:
         super().__init__()
         self.layer = layer
-        layer.self_attn = JoinedAttention(layer.get_submodule("self_attn"), backbone)
+        self.norm_before_residual = norm_before_residual
+        attention = layer.get_submodule("self_attn")
+        layer.self_attn = JoinedAttention(attention, backbone, is_normed=norm_before_residual)
+        if norm_before_residual:
+            # By a hook, as engines that shard weights have the norm's while the layer runs.
+            layer.register_forward_pre_hook(_normed_first)
 
     def forward(self, inputs: Tensor, **kwargs: Any) -> Any:
         """[batch, rows, 2 * hidden], embeddings first -> what the layer returns."""
         embedded, hidden = inputs.chunk(2, dim=-1)
         return self.layer(hidden, embedded=embedded, **kwargs)
+
+
+def _normed_first(layer: nn.Module, args: tuple[Tensor]) -> Tensor:
+    """norm(h) enters the layer in place of h."""
+    return layer.get_submodule("self_attn.hidden_norm")(args[0])
 
 
 class Eagle3Head(nn.Module):
@@ -93,21 +112,27 @@ class Eagle3Head(nn.Module):
         reads: the three layers whose inputs are fused.
         d2t, t2d: the tokens that it can say, as in `ReducedVocabulary`.
 
-    Raises UserError for layers as `feature_layers` does, and for a target of whose layer it cannot be made.
+    `norm_before_residual` is false in the paper and in all heads that are trained here first; see `JoinedLayer`. Raises
+    UserError for layers as `feature_layers` does, and for a target of whose layer it cannot be made.
     """
 
     d2t: Tensor
     t2d: Tensor
 
     def __init__(
-        self, backbone: Backbone, vocabulary: ReducedVocabulary, reads: Sequence[int] | None = None
+        self,
+        backbone: Backbone,
+        vocabulary: ReducedVocabulary,
+        reads: Sequence[int] | None = None,
+        *,
+        norm_before_residual: bool = False,
     ) -> None:
         super().__init__()
         self.reads = feature_layers(backbone.num_layers, reads)
         hidden, device = backbone.hidden_size, backbone.head.weight.device
         self.fc = nn.Linear(3 * hidden, hidden, bias=False, device=device, dtype=torch.float32)
         self.layer = EagleLayer(backbone)
-        self.layer.layer = JoinedLayer(self.layer.layer, backbone)
+        self.layer.layer = JoinedLayer(self.layer.layer, backbone, norm_before_residual=norm_before_residual)
         self.layer.width = 2 * hidden
         self.norm = new_norm(backbone)
         for name, weight in backbone.norm.named_parameters():
@@ -123,6 +148,13 @@ class Eagle3Head(nn.Module):
         self.t2d.copy_(vocabulary.t2d)
         tokens = vocabulary.tokens().to(self.d2t.device)
         self.projection.weight.data.copy_(whole(backbone.head.weight)[tokens])
+
+    @property
+    def norm_before_residual(self) -> bool:
+        """See `JoinedLayer`."""
+        layer = self.layer.layer
+        assert isinstance(layer, JoinedLayer)
+        return layer.norm_before_residual
 
     @property
     def vocabulary(self) -> ReducedVocabulary:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from layerskip_model.chunked_loss import Piece, Soft, sum_of_pieces
 from layerskip_model.eagle import unrolled
 from layerskip_model.eagle3 import Eagle3Head
-from layerskip_model.eagle_model import DraftTerms, FrozenTarget, measure_chain, places
+from layerskip_model.eagle_model import DraftTerms, FrozenTarget, measure_chain
 from layerskip_model.head_map import HeadMap, chunk_rows, chunks, matmul_dtype, wide_logits
 from layerskip_model.head_terms import TOP
 from layerskip_model.medusa import labels_ahead
@@ -53,7 +53,7 @@ class Eagle3Model(FrozenTarget[Eagle3Head]):
             embedded = self.backbone.embed(input_ids[:, 1:])
         ahead = labels_ahead(labels, self.steps, position_ids)  # [steps + 1, batch, seq]
         entering = self.head.features([state[:, :-1] for state in read])
-        positions = places(position_ids, input_ids)
+        positions = None if position_ids is None else position_ids[:, :-1]
         outputs = list(unrolled(self.head, embedded, entering, positions, self.steps))
         total, losses, counts = self._losses(outputs, weights, final, ahead)
         if self.training:

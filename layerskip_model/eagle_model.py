@@ -106,7 +106,7 @@ class EagleModel(FrozenTarget[EagleHead]):
         if self.training and self.noise:
             entering = entering + noise_like(entering, self.noise, generators)
         ahead = labels_ahead(labels, 1 if self.training else self.steps, position_ids)
-        positions = places(position_ids, input_ids)
+        positions = None if position_ids is None else position_ids[:, :-1]
         outputs = unrolled(self.head, embedded, entering, positions, len(ahead) - 1)
         first = next(outputs)
         mask = (ahead[1, :, :-1] != IGNORE_INDEX).flatten()
@@ -143,13 +143,6 @@ def noise_like(states: Tensor, size: float, generators: Sequence[torch.Generator
     for row, generator in zip(noise, generators, strict=True):
         row.uniform_(-size, size, generator=generator)
     return noise
-
-
-def places(position_ids: Tensor | None, input_ids: Tensor) -> Tensor:
-    """The positions of all tokens but the last, [batch or 1, seq - 1]."""
-    if position_ids is None:
-        return torch.arange(input_ids.shape[1] - 1, device=input_ids.device)[None]
-    return position_ids[:, :-1]
 
 
 def measure_chain(

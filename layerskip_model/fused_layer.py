@@ -98,16 +98,17 @@ class FusedLayer:
 
 
 class FusedJoinedLayer(FusedLayer):
-    """The layer of an EAGLE-3 head: attention reads [norm(E) ; norm(h)], and is added to h.
+    """The layer of an EAGLE-3 head: attention reads [norm(E) ; norm(h)], and is added to h, or to norm(h).
 
     What enters it is [E ; h], twice as wide as what leaves it. Raises NotFusible as its base does.
     """
 
-    def __init__(self, joined: nn.Module, index: int) -> None:
+    def __init__(self, joined: Any, index: int) -> None:
         layer: Any = _require_parts(joined, ("layer",)).layer
         super().__init__(layer, index)
         self.embedded_norm = fast_norm(layer.self_attn.input_layernorm)
         self.hidden_norm = fast_norm(layer.self_attn.hidden_norm)
+        self.norm_before_residual: bool = joined.norm_before_residual
 
     def _attention(self, layer: Any) -> Any:
         """See `FusedLayer`."""
@@ -116,7 +117,9 @@ class FusedJoinedLayer(FusedLayer):
     def _entering(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See `FusedLayer`."""
         embedded, hidden = inputs.chunk(2, dim=1)
-        return hidden, torch.cat((self.embedded_norm(embedded), self.hidden_norm(hidden)), dim=1)
+        normed = self.hidden_norm(hidden)
+        entering = torch.cat((self.embedded_norm(embedded), normed), dim=1)
+        return normed if self.norm_before_residual else hidden, entering
 
 
 class Linear:

@@ -70,8 +70,7 @@ def said(head: Head, embedded: Tensor, features: Tensor, tokens: Tensor) -> Iter
     `embedded` and `features` [1, seq - 1, hidden] of all places but the last: the token after each, and itself. A token
     that is not in the head's vocabulary has -inf. Yields float32 [seq - 2 - s].
     """
-    places = torch.arange(len(tokens) - 1, device=tokens.device)[None]
-    for step, output in enumerate(unrolled(head, embedded, features, places, STEPS)):
+    for step, output in enumerate(unrolled(head, embedded, features, None, STEPS)):
         following = tokens[step + 2 :]
         own = head.vocabulary.from_target(following) if isinstance(head, Eagle3Head) else following
         spoken = head.logits(output[0, : len(following)]).float().log_softmax(dim=-1)

@@ -12,6 +12,7 @@ from layerskip_model.context import MASKED, Context, KeyValues, Ragged, Scattere
 from layerskip_model.errors import UserError
 from layerskip_model.formats.huggingface import FLASH_ATTENTION
 from layerskip_model.fused_layer import FusedLayer, NotFusible, fuse, signed
+from layerskip_model.rope import Rope
 
 
 class LayerRunner:
@@ -21,6 +22,7 @@ class LayerRunner:
         layers: as they are called where they are not fused.
         kinds: each layer's attention kind.
         windows: attention kind -> sliding window in tokens, None for full attention.
+        rope: their own RoPE, None for the backbone's.
         fused: the layers as they are run, where all of them are made of Llama's parts.
         fixed_shapes: whether drafts should have the same number of rows at every step.
 
@@ -39,6 +41,7 @@ class LayerRunner:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        rope: Rope | None = None,
         fuse_layers: bool = True,
     ) -> None:
         self.backbone = backbone
@@ -46,6 +49,7 @@ class LayerRunner:
         self.num_layers = len(layers)
         self.kinds = list(kinds)
         self.windows = windows
+        self.rope = rope
         self.device = device
         self.dtype = dtype
         self._attention: str = backbone.config._attn_implementation
@@ -136,10 +140,11 @@ class LayerRunner:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         types = self.backbone.base.rotary_emb.rope_type
         types = set(types.values()) if isinstance(types, dict) else {types}
-        covered = horizon if types & {"dynamic", "longrope"} else capacity
+        covered = horizon if self.rope is None and types & {"dynamic", "longrope"} else capacity
+        source = self.backbone if self.rope is None else self.rope
         rotary = {}
         for kind in self.windows:
-            cos, sin = self.backbone.rotary(like, position[:, :covered], kind)
+            cos, sin = source.rotary(like, position[:, :covered], kind)
             tables = _extended(cos, capacity), _extended(sin, capacity)
             rotary[kind] = tables if self.fused is None else signed(*tables)
         return Tables(position, rotary, self.dtype, self.windows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +30,15 @@ class Steps:
     Attributes:
         position_ids: of step 0, [batch or 1, seq]; a document begins where they do not go on by one.
         window: how many positions the layer sees, None for all.
+        is_whole: whether each row is one document.
         keys, values: step -> [batch, kv heads, seq, head dim].
     """
 
     # No dataclass: FSDP hands a layer copies of those.
-    def __init__(self, position_ids: Tensor, window: int | None) -> None:
+    def __init__(self, position_ids: Tensor, window: int | None, *, is_whole: bool) -> None:
         self.position_ids = position_ids
         self.window = window
+        self.is_whole = is_whole
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -46,10 +48,10 @@ class Steps:
         self.values.append(values)
         return keys, values
 
-    @cached_property
+    @property
     def is_causal(self) -> bool:
-        """Whether every place sees all of step 0 before it. Waits for the device."""
-        return self.window is None and bool((self.position_ids.diff(dim=-1) == 1).all())
+        """Whether every place sees all of step 0 before it, as far as is known without looking."""
+        return self.is_whole and self.window is None
 
     @property
     def newest(self) -> int:

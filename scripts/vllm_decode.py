@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, on a CPU
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process, which starts in half the time
 
 import vllm
 

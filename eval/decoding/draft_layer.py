@@ -90,6 +90,7 @@ def draft_layer_runner(runner: Runner, layer: DraftLayer) -> LayerRunner:
             {layer.kind: runner.windows[layer.kind]},
             device=inputs.device,
             dtype=inputs.dtype,
+            rope=layer.rope,
             fuse_layers=fused,
         )
         difference = (_in_chunks(made, inputs) - expected).abs().max().item()

@@ -9,7 +9,7 @@ things is read as well (`eagle_names`, `eagle_config`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from layerskip_model.formats.eagle_config import (
     EAGLE3,
     IDS,
     NAMES,
+    NORM_FIRST,
     flat,
     kind_in,
     layer_config,
+    own_rope,
     reads_of,
     refusal,
     require_known,
@@ -59,6 +61,8 @@ class StoredEagle:
         config: all of config.json, with the settings of a nested layer beside the others.
         tensors: by the first authors' names, in their own dtypes; d2t and t2d unless the vocabulary is the target's.
         targets: those that must be the target's own: its embedding, and of EAGLE its LM head.
+        rope: the parameters of its own RoPE; None for the target's, and where no model has been asked for its yet.
+        norm_before_residual: of EAGLE-3, see `JoinedLayer`.
     """
 
     kind: str
@@ -66,6 +70,8 @@ class StoredEagle:
     config: dict[str, Any] = field(repr=False)
     tensors: dict[str, Tensor] = field(repr=False)
     targets: dict[str, Tensor] = field(repr=False)
+    rope: dict[str, Any] | None = None
+    norm_before_residual: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,20 +94,28 @@ def write_eagle(
     `state` is its state_dict with all values, as an engine gathered it; rounded to `dtype`.
     """
     tensors = {name_in_file(name): state[name].to(dtype).contiguous() for name, _ in head.named_parameters()}
-    reads = None
+    kind = EAGLE
     if isinstance(head, Eagle3Head):
-        reads = head.reads
+        kind = EAGLE3
         if not head.vocabulary.is_whole:
             tensors |= {name: state[name] for name in TABLES}
-    stored = StoredEagle(EAGLE if reads is None else EAGLE3, reads, {}, tensors, {})
+    stored = bound(StoredEagle(kind, None, {}, tensors, {}), head)
     write_stored(directory, stored, backbone, base=base, base_fingerprint=base_fingerprint)
+
+
+def bound(stored: StoredEagle, head: Head) -> StoredEagle:
+    """The same with what is known of the head once it is made for a model."""
+    rope = None if head.layer.rope is None else head.layer.rope.parameters
+    if isinstance(head, EagleHead):
+        return replace(stored, rope=rope)
+    return replace(stored, rope=rope, reads=head.reads, norm_before_residual=head.norm_before_residual)
 
 
 def write_stored(
     directory: Path, head: StoredEagle, backbone: Backbone, *, base: str, base_fingerprint: str | None
 ) -> None:
     """Write a head as it is, for the model that is named `base`, into a directory that is there."""
-    config = config_of(head, layer_config(backbone), type(backbone.model).__name__)
+    config = config_of(head, layer_config(backbone, head.rope), type(backbone.model).__name__)
     ours: dict[str, Any] = {"draft_head": head.kind, "base_model_name_or_path": base}
     ours["base_fingerprint"] = base_fingerprint
     if head.reads is not None:
@@ -125,6 +139,7 @@ def config_of(head: StoredEagle, layer: dict[str, Any], target: str) -> dict[str
     return config | {
         "architectures": [f"{target}Eagle3" if is_llama else f"Eagle3{target}"],
         "draft_vocab_size": len(head.tensors[LM_HEAD]),
+        NORM_FIRST: head.norm_before_residual,
         "eagle_config": {"use_aux_hidden_state": True, IDS: list(head.reads)},
     }
 
@@ -133,7 +148,7 @@ def load_eagle(directory: str | Path, backbone: Backbone) -> Head:
     """The head in a directory, in float32, for the model that it was trained on.
 
     Raises UserError for files that are missing, damaged or contradict each other, for what cannot be computed here, and
-    for a head of another model: of other sizes, layers, vocabulary or RoPE, or of other weights where that is known.
+    for a head of another model: of other sizes, layers or vocabulary, or of other weights where that is known.
     """
     stored = read_eagle(directory)
     head = build(stored, backbone, directory)
@@ -156,7 +171,8 @@ def read_eagle(directory: str | Path) -> StoredEagle:
     tensors = respelt(directory, kind, tensors)
     of_target = (EMBEDDING, LM_HEAD) if kind == EAGLE else (EMBEDDING,)
     targets = {name: tensors.pop(name) for name in of_target if name in tensors}
-    return StoredEagle(kind, None, config, tensors, targets)
+    norm_first = kind == EAGLE3 and bool(config.get(NORM_FIRST))
+    return StoredEagle(kind, None, config, tensors, targets, norm_before_residual=norm_first)
 
 
 def build(stored: StoredEagle, backbone: Backbone, directory: str | Path) -> Head:
@@ -167,8 +183,10 @@ def build(stored: StoredEagle, backbone: Backbone, directory: str | Path) -> Hea
     else:
         told = stored.config.get("draft_vocab_size")
         vocabulary = vocabulary_in(directory, stored.tensors, told, backbone.vocab_size)
-        head = Eagle3Head(backbone, vocabulary, reads_of(directory, stored.config, backbone.num_layers))
-    require_target(directory, stored.config, backbone, head.layer.kind)
+        reads = reads_of(directory, stored.config, backbone.num_layers)
+        head = Eagle3Head(backbone, vocabulary, reads, norm_before_residual=stored.norm_before_residual)
+    require_target(directory, stored.config, backbone)
+    head.layer.rope = own_rope(directory, stored.config, backbone, head.layer.kind)
     names = {name: name_in_file(name) for name, _ in head.named_parameters()}
     require_all(directory, stored.kind, stored.tensors.keys() - set(TABLES), set(names.values()))
     files.fill(head, names, stored.tensors, directory, backbone)

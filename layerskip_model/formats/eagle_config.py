@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layerskip_model.backbone import Backbone
 from layerskip_model.eagle3 import feature_layers
 from layerskip_model.errors import UserError
 from layerskip_model.formats.draft_model import first_layers
+from layerskip_model.rope import PARTIAL, STEADY, Rope, in_place_of, rope_of, rope_words, spoken_rope
 
 EAGLE, EAGLE3 = "eagle", "eagle3"
 NAMES = {EAGLE: "EAGLE", EAGLE3: "EAGLE-3"}
@@ -23,20 +26,23 @@ OF_THE_TARGET = (
     "hidden_act",
 )
 OF_A_FILE = ("transformers_version", "dtype", "torch_dtype", "architectures", "quantization_config")
-DEFAULT_BASE = 10000.0  # of rotary tables, where a configuration names none
 # What other programs can be told to compute, and the module here does not.
 NOT_HERE = ("norm_before_fc", "fc_norm", "norm_output")
+NORM_FIRST = "norm_before_residual"
 
 
-def layer_config(backbone: Backbone) -> dict[str, Any]:
-    """The target's own configuration for one layer; RoPE in the words of transformers 5 and of what came before."""
+def layer_config(backbone: Backbone, rope: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The target's own configuration for one layer; RoPE in the words of transformers 5 and of what came before.
+
+    `rope`: the parameters of the layer's own RoPE, None for the target's.
+    """
     config = first_layers(backbone.config, 1).to_diff_dict()
     config = {key: value for key, value in config.items() if key not in OF_A_FILE and key[:1] != "_"}
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = None if scaling.get("rope_type") == "default" else scaling
+    if rope is not None:
+        config["rope_parameters"] = in_place_of(config.get("rope_parameters"), rope)
+    told = _table(config.get("rope_parameters"))
+    if "rope_theta" in told:
+        config |= rope_words(told)
     return config | {"tie_word_embeddings": False}
 
 
@@ -75,17 +81,11 @@ def require_known(directory: str | Path, kind: str, config: Mapping[str, Any]) -
                 "EAGLE heads by speculators have names of their own, which cannot be read; name its original",
             )
         return
-    if "speculators_model_type" in config and "norm_before_residual" not in config:
+    if "speculators_model_type" in config and NORM_FIRST not in config:
         raise refusal(
             directory,
-            "config.json does not say norm_before_residual, and programs differ in what that means; write the value "
-            "into it that the head was trained with",
-        )
-    if config.get("norm_before_residual"):
-        raise refusal(
-            directory,
-            "norm_before_residual is true in config.json: its residual is normed, which cannot be computed here; "
-            "name a head with false",
+            f"config.json does not say {NORM_FIRST}, and programs differ in what that means; write the value into it "
+            "that the head was trained with",
         )
     inner = _table(config.get("eagle_config"))
     if not inner.get("use_aux_hidden_state", True):
@@ -125,13 +125,8 @@ def told_layers(config: Mapping[str, Any]) -> tuple[str, Any]:
     return IDS, config.get(IDS) or _table(config.get("eagle_config")).get(IDS)
 
 
-def require_target(
-    directory: str | Path, config: Mapping[str, Any], backbone: Backbone, attention: str
-) -> None:
-    """Refuse a head for a model of other sizes, or that turns positions otherwise; `attention`, its layer's kind.
-
-    Raises UserError with both values.
-    """
+def require_target(directory: str | Path, config: Mapping[str, Any], backbone: Backbone) -> None:
+    """Refuse a head for a model of other sizes. Raises UserError with both values."""
     target = backbone.config.to_dict()
     for key in OF_THE_TARGET:
         theirs, ours = config.get(key), target.get(key)
@@ -139,33 +134,36 @@ def require_target(
             raise UserError(
                 f"heads '{directory}' are of another model: {key} is {theirs} in config.json, and {ours} in this one"
             )
-    theirs, ours = rope_of(config, attention), rope_of(target, attention)
-    for key in sorted(theirs.keys() & ours.keys(), key=lambda name: name != "rope_theta"):
-        if theirs[key] != ours[key]:
-            told = "" if key != "rope_theta" or _names_base(config, attention) else " (none is named)"
-            raise UserError(
-                f"heads '{directory}' turn positions by another RoPE than this model: {key} is {theirs[key]}{told} in "
-                f"config.json, and {ours[key]} in the model; name the model that they were trained on, or write "
-                f"{key} into config.json if they were trained with the model's"
-            )
 
 
-def rope_of(config: Mapping[str, Any], attention: str) -> dict[str, Any]:
-    """How a configuration turns positions in layers of a kind of attention: base, type, and what the type needs."""
-    told = _rope(config, attention)
-    kind = told.get("rope_type", told.get("type", "default"))
-    base = told.get("rope_theta", config.get("rope_theta"))
-    rest = {key: value for key, value in told.items() if key not in ("rope_theta", "rope_type", "type")}
-    return {"rope_theta": float(DEFAULT_BASE if base is None else base), "rope_type": kind, **rest}
+def own_rope(
+    directory: str | Path, config: Mapping[str, Any], backbone: Backbone, attention: str
+) -> Rope | None:
+    """How a head turns positions in its layer of that kind of attention, where not as the target does; else None.
 
-
-def _names_base(config: Mapping[str, Any], attention: str) -> bool:
-    return "rope_theta" in _rope(config, attention) or config.get("rope_theta") is not None
-
-
-def _rope(config: Mapping[str, Any], attention: str) -> dict[str, Any]:
-    told = _table(config.get("rope_parameters") or config.get("rope_scaling"))
-    return _table(told.get(attention)) or told
+    Who trains a head makes its tables by the head's own configuration, not the target's. Where that names no base it is
+    LlamaConfig's. Raises UserError for what tables cannot be made of, or for one text alone.
+    """
+    told, ours = rope_of(config, attention), rope_of(backbone.config.to_dict(), attention)
+    if told == ours:
+        return None
+    here, place = torch.empty(0, device="cpu"), torch.ones(1, 1, dtype=torch.long, device="cpu")
+    try:
+        rope = Rope(backbone, told)
+        if not all(table.isfinite().all() for table in rope.rotary(here, place, attention)):
+            raise ValueError("not finite")
+    except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise refusal(
+            directory,
+            f"RoPE of {spoken_rope(told)} in config.json has no tables ({type(error).__name__}: {error}); correct it",
+        ) from None
+    if told["rope_type"] not in STEADY or told.get(PARTIAL) != ours.get(PARTIAL):
+        raise refusal(
+            directory,
+            f"RoPE of {spoken_rope(told)} in config.json can be computed here where it is the model's, and that is "
+            f"{spoken_rope(ours)}; name the model that the head was trained on",
+        )
+    return rope
 
 
 def _table(value: Any) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from layerskip_model.errors import UserError
 from layerskip_model.formats import heads as files
 from layerskip_model.formats.base_tensors import base_embedding
 from layerskip_model.formats.eagle import StoredEagle, read_eagle
-from layerskip_model.formats.eagle_config import EAGLE, EAGLE3, IDS, NAMES, told_layers
+from layerskip_model.formats.eagle_config import EAGLE, EAGLE3, IDS, NAMES, NORM_FIRST, told_layers
 from layerskip_model.formats.eagle_names import EMBEDDING, LAYER, LM_HEAD, TABLES
 from layerskip_model.formats.huggingface import DTYPES
+from layerskip_model.formats.record import carry_record
+from layerskip_model.rope import rope_of, rope_words
+from layerskip_model.runner import KINDS
 
 LLAMA, QWEN3 = "LlamaForCausalLM", "Qwen3ForCausalLM"
 LIKE_LLAMA = ("llama", "mistral")  # model types whose layers compute alike
@@ -25,12 +28,12 @@ PLAIN = {f"self_attn.{name}_proj.weight" for name in "qkvo"} | {
     f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")
 }
 OF_QWEN3 = {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
+WITH_NORM_FIRST = ("vllm", "speculators")  # forms that can say it
 OF_SPECULATORS = (
     "speculators_model_type",
     "speculators_version",
     "speculators_config",
     "transformer_layer_config",
-    "norm_before_residual",
 )
 OF_THE_HEAD = (
     "draft_head",
@@ -38,6 +41,7 @@ OF_THE_HEAD = (
     "base_fingerprint",
     "feature_layers",
     "draft_vocab_size",
+    NORM_FIRST,
 )
 DRAFTS = 5  # in a chain, where a program wants to be told
 ALLOWED = 1e-2  # how much a bias that moved may change what fc makes, relatively
@@ -93,6 +97,7 @@ def export_eagle(name: str, form: str, directory: Path, dtype: str | None = None
     if dtype is not None:
         head = replace(head, tensors={key: _cast(key, value, dtype) for key, value in head.tensors.items()})
     path, note = FORMS[form](directory, Source(head, base, name))
+    carry_record(place.directory, directory, head.dtype)
     parameters = sum(value.numel() for key, value in head.tensors.items() if key not in TABLES)
     return EagleWritten(head.kind, parameters, head.dtype, base, path.stat().st_size, note)
 
@@ -153,7 +158,6 @@ def _as_speculators(directory: Path, source: Source) -> tuple[Path, str]:
     written = {key: config[key] for key in outer if key in config} | {
         "speculators_model_type": "eagle3",
         "speculators_version": "0.3.0",
-        "norm_before_residual": False,
         IDS: told_layers(config)[1],
         "transformer_layer_config": inner,
         "speculators_config": {
@@ -184,7 +188,8 @@ def _target(head: StoredEagle) -> str:
 def _config(source: Source, architecture: str) -> dict[str, Any]:
     """The configuration of the head's layer, a Llama's as one, with what is ours beside it.
 
-    Without `bias`, at which vLLM and SGLang would give the layer biases.
+    Without `bias`, at which vLLM and SGLang would give the layer biases. RoPE is told in all words, also where the
+    head's configuration leaves it to a default: programs differ in that.
     """
     head = source.head
     config = {key: value for key, value in head.config.items() if key not in (*OF_SPECULATORS, "bias")}
@@ -193,11 +198,13 @@ def _config(source: Source, architecture: str) -> dict[str, Any]:
         config.pop(
             "layer_types", None
         )  # of which vLLM would look for that of a layer after the target's last
+    config |= rope_words(rope_of(config, KINDS[0]))  # the only kind of attention that is exported
     config["architectures"] = [architecture]
     config["torch_dtype"] = str(head.dtype).removeprefix("torch.")
     config |= {"draft_head": head.kind, "base_model_name_or_path": source.base, "tie_word_embeddings": False}
     if head.kind == EAGLE3:
         config["draft_vocab_size"] = len(head.tensors[LM_HEAD])
+        config[NORM_FIRST] = head.norm_before_residual
     return config
 
 
@@ -242,6 +249,11 @@ def _require_layer(name: str, form: str, head: StoredEagle) -> None:
         raise UserError(
             f"heads '{name}': --to {form} has {NAMES[head.kind]} heads on {known} layer, and this is one of model type "
             f"'{model_type}'"
+        )
+    if head.norm_before_residual and form not in WITH_NORM_FIRST:
+        raise UserError(
+            f"heads '{name}': {NORM_FIRST} is true in config.json, and --to {form} always adds the residual before the "
+            f"norm; use --to {' or '.join(WITH_NORM_FIRST)}"
         )
     windows = head.config.get("layer_types") or []
     if "sliding_attention" in windows or (not windows and head.config.get("sliding_window") is not None):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layerskip_model.errors import UserError
+from layerskip_model.formats.huggingface import DTYPES
 from layerskip_model.head_probe import Probe
 
 RECORD_FILE = "recorded.json"
@@ -58,6 +61,22 @@ def read_record(directory: str | Path) -> Record:
             f"heads '{directory}': {RECORD_FILE} is damaged ({error}); export them again, or delete it to go without "
             "its checks"
         ) from None
+
+
+def carry_record(source: str | Path, directory: Path, dtype: torch.dtype) -> None:
+    """Write what lies beside heads beside a copy of them in `dtype` too; nothing where nothing does.
+
+    A probe is compared as exactly as the coarser of its own dtype and the copy's allows. Raises UserError as
+    `read_record`.
+    """
+    record = read_record(source)
+    if record == Record():
+        return
+    if record.probe is not None:
+        coarser = max(DTYPES[record.probe.dtype], dtype, key=lambda one: torch.finfo(one).eps)
+        probe = replace(record.probe, dtype=str(coarser).removeprefix("torch."))
+        record = replace(record, probe=probe)
+    write_record(directory, record)
 
 
 def _record(content: dict[str, Any]) -> Record:

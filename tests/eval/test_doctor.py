@@ -118,10 +118,23 @@ def test_another_rope(answer: Answers, flags: list[str], head: Path, tmp_path: P
     config = json.loads((head / "config.json").read_text())
     rope = {key: None for key in config if "rope" in key} | {"rope_theta": 1e6}
     rewrite(head / "config.json", **rope)
-    status, _, _ = answer(*flags, "--output_dir", str(tmp_path))
+    status, out, _ = answer(*flags, "--output_dir", str(tmp_path))
     assert status == 1
     finding = found(tmp_path)["RoPE"]
-    assert (finding["verdict"], finding["expected"][:10]) == ("wrong", "base 1e+06")
+    assert (finding["verdict"], finding["found"], finding["expected"]) == (
+        "unknown",
+        "base 1e+06, rope_type default",
+        "base 10000, rope_type default in the model",
+    )
+    assert "RoPE: the head's is not the model's, which is right if it was trained so" in " ".join(out.split())
+    probe = found(tmp_path)["probe"]
+    assert probe["verdict"] == "wrong"
+    assert "with the model's RoPE in the head by" in probe["cause"]
+    rewrite(head / "config.json", rope_theta="much")
+    status, _, _ = answer(*flags, "--output_dir", str(tmp_path))
+    assert status == 1
+    said = "RoPE of base 'much', rope_type default in config.json has no tables"
+    assert said in found(tmp_path)["shapes"]["cause"]
 
 
 def test_wrong_sizes(answer: Answers, flags: list[str], head: Path, tmp_path: Path) -> None:
@@ -207,15 +220,16 @@ def test_far_fewer_drafts_than_recorded(
 def test_what_is_not_known_is_not_wrong(
     answer: Answers, flags: list[str], head: Path, tmp_path: Path
 ) -> None:
-    """A head of others: no fingerprint, no record, no RoPE."""
+    """A head of others: no fingerprint, no record, and no RoPE, which is the usual one then."""
     config = json.loads((head / "config.json").read_text())
     rewrite(head / "config.json", **{key: None for key in config if "rope" in key}, base_fingerprint=None)
     (head / RECORD_FILE).unlink()
     status, out, _ = answer(*flags, "--output_dir", str(tmp_path))
     assert status == 0
     unknown = [name for name, one in found(tmp_path).items() if one["verdict"] == "unknown"]
-    assert unknown == ["weights of the model", "RoPE", "probe", "right in each step", "acceptance length"]
-    assert "nothing wrong found (4 ok, 5 unknown)" in out
+    assert unknown == ["weights of the model", "probe", "right in each step", "acceptance length"]
+    assert "nothing wrong found (5 ok, 4 unknown)" in out
+    assert found(tmp_path)["RoPE"]["found"] == "base 10000, rope_type default (none is named)"
 
 
 def test_without_prompts_acceptance_is_not_known(

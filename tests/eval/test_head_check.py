@@ -27,7 +27,10 @@ from layerskip_model.formats.eagle import write_eagle
 from layerskip_model.formats.record import RECORD_FILE, Record, write_record
 from layerskip_model.head_probe import take_probe
 from layerskip_model.reduced_vocabulary import ReducedVocabulary
+from layerskip_model.rope import Rope
 from layerskip_model.runner import Runner
+from tests.layerskip_model.test_eagle_format import LLAMA3
+from tests.layerskip_model.test_rope import OWN
 from tests.layerskip_model.tiny_eagle import half_of
 from tests.tiny_models import tiny_model
 
@@ -59,7 +62,12 @@ def slightly_moved(head: nn.Module) -> Any:
 
 
 def written(
-    directory: Path, model: PreTrainedModel, kind: str, vocabulary: ReducedVocabulary | None = None
+    directory: Path,
+    model: PreTrainedModel,
+    kind: str,
+    vocabulary: ReducedVocabulary | None = None,
+    *,
+    rope: dict[str, Any] | None = None,
 ) -> Path:
     """A head as training exports it, probe and all."""
     backbone = Backbone(model)
@@ -69,6 +77,8 @@ def written(
     else:
         whole = ReducedVocabulary.whole(64)
         module = Eagle3Model(model, slightly_moved(Eagle3Head(backbone, vocabulary or whole, READS)))
+    if rope is not None:
+        module.head.layer.rope = Rope(backbone, rope)
     directory.mkdir()
     write_eagle(
         directory,
@@ -168,19 +178,77 @@ def unnormed(module: EagleModel, tokens: Tensor) -> Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("times", [0.01, 10.0, 100.0])
-def test_another_rope_base(tmp_path: Path, kind: str, times: float) -> None:
-    """By what config.json says; and where it says nothing, by what the head says."""
-    directory = written(tmp_path / "head", six_layers(), kind)
-    other = six_layers(rope_parameters={"rope_type": "default", "rope_theta": 10000.0 * times})
-    assert "rope_theta is 10000.0 in config.json" in refusal(other, directory)
+def say_rope(directory: Path, **words: Any) -> None:
+    """Edit what config.json says of RoPE."""
     path = directory / "config.json"
     config = json.loads(path.read_text())
-    ours = {"rope_theta": 10000.0 * times}
-    path.write_text(json.dumps({k: v for k, v in config.items() if "rope" not in k} | ours))
-    line = refusal(other, directory)
+    path.write_text(json.dumps({key: config[key] for key in config if "rope" not in key} | words))
+
+
+@pytest.mark.parametrize("times", [0.01, 10.0, 100.0])
+def test_another_rope_base_of_the_model(tmp_path: Path, kind: str, times: float) -> None:
+    """Whether the head has its own, as config.json says, or that of the model."""
+    directory = written(tmp_path / "head", six_layers(), kind)
+    other = six_layers(rope_parameters={"rope_type": "default", "rope_theta": 10000.0 * times})
+    for words in ({"rope_theta": 10000.0}, {"rope_theta": 10000.0 * times}):
+        say_rope(directory, **words)
+        line = refusal(other, directory)
+        assert REFUSED in line
+        assert f"with the model's RoPE base times {1.0 / times:g} by" in line
+
+
+@pytest.mark.parametrize("times", [0.01, 10.0, 100.0])
+def test_an_edited_rope_base_of_the_head(tmp_path: Path, kind: str, times: float) -> None:
+    directory = written(tmp_path / "head", six_layers(), kind)
+    say_rope(directory, rope_theta=10000.0 * times)
+    line = refusal(six_layers(), directory)
     assert REFUSED in line
-    assert f"with the model's RoPE base times {1.0 / times:g} by" in line
+    assert "with the model's RoPE in the head by" in line
+
+
+def test_rope_of_the_heads_own(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Trained with it: it loads, rounded or not, and with any other it does not."""
+    directory = written(tmp_path / "head", six_layers(), kind, rope=OWN["default"])
+    for dtype in (torch.float32, torch.bfloat16):
+        load_eagle_draft(target_of(rounded(dtype)), str(directory))
+    assert capsys.readouterr().err == ""  # its probe tells that it is right
+    for base, undone in (
+        (7700.0, "the head's RoPE base times 0.01"),
+        (770.0, "the head's RoPE base times 0.1"),
+    ):
+        say_rope(directory, rope_theta=base)
+        line = refusal(six_layers(), directory)
+        assert REFUSED in line
+        assert f"with {undone} by" in line
+    say_rope(directory)
+    assert REFUSED in refusal(six_layers(), directory)
+
+
+def test_a_head_trained_with_the_default_that_says_otherwise(tmp_path: Path, kind: str) -> None:
+    """As of programs that never look at the base in their configuration."""
+    scaled = six_layers(rope_parameters=dict(LLAMA3))
+    plain = {"rope_theta": 10000.0, "rope_type": "default"}
+    directory = written(tmp_path / "head", scaled, kind, rope=plain)
+    say_rope(directory)
+    load_eagle_draft(target_of(scaled), str(directory))
+    say_rope(directory, rope_parameters=LLAMA3)
+    assert "with RoPE of base 10000 in the head by" in refusal(scaled, directory)
+
+
+def test_other_rope_without_a_probe_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once in a program; a head that turns as its model does says nothing."""
+    directory = written(tmp_path / "head", six_layers(), "eagle3")
+    (directory / RECORD_FILE).unlink()
+    load_eagle_draft(target_of(six_layers()), str(directory))
+    assert capsys.readouterr().err == ""
+    say_rope(directory, rope_theta=5e5)
+    for _ in range(2):
+        load_eagle_draft(target_of(six_layers()), str(directory))
+    assert capsys.readouterr().err == (
+        f"heads '{directory}' turn positions as their config.json says (base 500000, rope_type default), not as the "
+        "model does (base 10000, rope_type default), and no probe tells whether they were trained so; if not, correct "
+        "config.json\n"
+    )
 
 
 def test_another_vocabulary_of_the_same_size(tmp_path: Path) -> None:
@@ -238,13 +306,16 @@ def test_a_right_head_costs_one_pass_of_the_target(tmp_path: Path, monkeypatch: 
     assert passes == [64]
 
 
-def test_the_models_own_rope_is_back_afterwards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [None, Rope(Backbone(six_layers()), OWN["linear"])])
+def test_all_rope_is_back_afterwards(tmp_path: Path, own: Rope | None) -> None:
     directory = written(tmp_path / "head", six_layers(), "eagle")
     target = target_of(six_layers())
     draft = load_eagle_draft(target, str(directory))
+    draft.heads.layer.rope = own
     rotary = target.runner.backbone.base.rotary_emb
     reader = HeadReader(draft, target.runner)
     tokens = torch.arange(9)
     for reading in reader.mistakes():
         assert len(list(reader.choices(reading, tokens, 2))) == 2
         assert target.runner.backbone.base.rotary_emb is rotary
+        assert draft.heads.layer.rope is own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from layerskip_model.backbone import Backbone
 from layerskip_model.eagle3 import Eagle3Head
 from layerskip_model.errors import UserError
 from layerskip_model.formats.__main__ import app
 from layerskip_model.formats.eagle_export import FORMS, EagleWritten, export_eagle
 from layerskip_model.formats.eagle_import import import_eagle
-from tests.layerskip_model.test_eagle_format import changed, saved, told, write
+from layerskip_model.rope import Rope
+from tests.layerskip_model.test_eagle_format import LLAMA3, changed, saved, told, write
 from tests.layerskip_model.tiny_eagle import Head, some_head
 
+DEFAULT = {"rope_theta": 10000.0, "rope_type": "default"}
 FILES = ("model.safetensors", "config.json")
 
 
@@ -72,6 +76,51 @@ def test_eagle_there_and_back_is_the_same_bytes(
         with pytest.raises(UserError, match=r"its embed_tokens\.weight is not this model's"):
             import_eagle(str(tmp_path / "theirs"), str(base.name_or_path), tmp_path / "again")
         return
+    import_eagle(str(tmp_path / "theirs"), str(base.name_or_path), tmp_path / "again")
+    for name in FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("form", FORMS)
+def test_rope_of_its_own_goes_there_and_back(form: str, kind: str, tmp_path: Path) -> None:
+    """For a target with scaled RoPE; also of a head whose config.json has no word for it."""
+    if kind == "eagle" and form == "speculators":
+        return
+    base = saved(tmp_path / "base", rope_parameters=LLAMA3)
+    head = some_head(kind, base)
+    head = without_bias(head) if kind == "eagle" else head
+    head.layer.rope = Rope(Backbone(base), DEFAULT)
+    source = write(tmp_path / "head", base, head)
+    silent = write(tmp_path / "silent", base, head)
+    changed(silent, lambda config, tensors: [config.pop(key) for key in [*config] if "rope" in key])
+    for place in (source, silent):
+        theirs, again = tmp_path / f"{place.name}-theirs", tmp_path / f"{place.name}-again"
+        export(place, form, theirs)
+        config = told(theirs)
+        layer = config["transformer_layer_config"] if form == "speculators" else config
+        assert (layer["rope_theta"], layer["rope_scaling"]) == (10000.0, None)
+        (tmp_path / "read").mkdir(exist_ok=True)
+        (tmp_path / "read" / "config.json").write_text(json.dumps(layer | {"model_type": "llama"}))
+        assert AutoConfig.from_pretrained(tmp_path / "read").rope_parameters == DEFAULT
+        again.mkdir()
+        import_eagle(str(theirs), str(base.name_or_path), again)
+        for name in FILES:
+            assert (again / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_residual_on_the_normed_state_goes_where_it_can_be_said(
+    form: str, base: PreTrainedModel, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "head", base, some_head("eagle3", base, norm_before_residual=True))
+    if form in ("eagle", "sglang"):
+        with pytest.raises(UserError, match=r"norm_before_residual is true .* use --to vllm or speculators"):
+            export(source, form, tmp_path / "theirs")
+        return
+    export(source, form, tmp_path / "theirs")
+    assert told(tmp_path / "theirs")["norm_before_residual"] is True
+    (tmp_path / "again").mkdir()
     import_eagle(str(tmp_path / "theirs"), str(base.name_or_path), tmp_path / "again")
     for name in FILES:
         assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes()
@@ -145,6 +194,7 @@ def test_what_sglang_and_the_others_are_given(base: PreTrainedModel, tmp_path: P
     export(source, "speculators", tmp_path / "speculators")
     config, tensors = told(tmp_path / "speculators"), tensors_in(tmp_path / "speculators")
     assert config["norm_before_residual"] is False
+    assert "norm_before_residual" not in config["transformer_layer_config"]
     assert (config["speculators_model_type"], config["eagle_aux_hidden_state_layer_ids"]) == (
         "eagle3",
         [1, 2, 3],

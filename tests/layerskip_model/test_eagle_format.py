@@ -14,10 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from layerskip_model.backbone import Backbone
+from layerskip_model.eagle3 import Eagle3Head
 from layerskip_model.errors import UserError
 from layerskip_model.formats.eagle import eagle_kind, load_eagle, write_eagle
 from layerskip_model.formats.fingerprint import fingerprint
 from layerskip_model.formats.huggingface import load_config, outline
+from layerskip_model.rope import Rope, rope_of
 from tests.layerskip_model.tiny_eagle import READS, Head, half_of, some_head
 from tests.tiny_models import CONFIGS, tiny_model
 
@@ -182,12 +184,25 @@ BOTH: list[tuple[Callable[[Config, Tensors], Any], str]] = [
     (_tensor("extra.weight", lambda t: torch.zeros(2)), "has beside them 'extra.weight'"),
     (_set(base_fingerprint="0"), "with other weights than"),
     (
-        _set(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
-        "rope_theta is 1000000.0 in config.json, and 10000.0 in the model",
+        _set(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        "RoPE of base 10000, rope_type dynamic, factor 2.0 in config.json can be computed here where it is",
     ),
     (
-        _set(rope_parameters={**LLAMA3, "rope_theta": 1e4}),
-        "rope_type is llama3 in config.json, and default in the model",
+        _set(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor 0.5 in config.json can be computed here where it is the model's, and that is base 10000",
+    ),
+    (_set(rope_parameters={"rope_type": "linear"}), "in config.json has no tables (KeyError: 'factor')"),
+    (
+        _set(rope_parameters={"rope_type": "round"}),
+        "rope_type round in config.json has no tables (KeyError: 'round')",
+    ),
+    (
+        _set(rope_parameters={"rope_theta": "much"}),
+        "RoPE of base 'much', rope_type default in config.json has no tables",
+    ),
+    (
+        _set(rope_parameters={"rope_theta": -1.0}),
+        "RoPE of base -1, rope_type default in config.json has no tables",
     ),
 ]
 
@@ -214,7 +229,6 @@ def test_a_head_that_does_not_fit(
         (_set(feature_layers="1,2,3"), "feature_layers is 1,2,3"),
         (_set(feature_layers=None, eagle_config=None), "of 4 layers: no layers are named in config.json"),
         (_set(draft_vocab_size=39), "draft_vocab_size is 39 in config.json, and d2t has 38 tokens"),
-        (_set(norm_before_residual=True), "norm_before_residual is true in config.json"),
         (_set(norm_before_fc=True), "norm_before_fc is true in config.json"),
         (_set(eagle_config={"use_aux_hidden_state": False}), "use_aux_hidden_state is false"),
         (_tensor("norm.weight", lambda t: None), "lacks 'norm.weight'"),
@@ -237,15 +251,65 @@ def test_an_eagle3_head_that_contradicts_itself_or_its_model(
     assert expected in refused(directory, base)
 
 
-def test_a_wrong_rope_base_is_told_with_both_values(tmp_path: Path) -> None:
+OWN_ROPE = {"rope_theta": 77.0, "rope_type": "default"}
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("target", CONFIGS)
+def test_rope_of_its_own_is_kept(target: str, kind: str, tmp_path: Path) -> None:
+    """In all words that config.json has for it, whatever those of the target are."""
+    model = saved(tmp_path / "base", target)
+    head = some_head(kind, model)
+    assert load_eagle(write(tmp_path / "targets", model, head), Backbone(model)).layer.rope is None
+    head.layer.rope = Rope(Backbone(model), OWN_ROPE)
+    directory = write(tmp_path / "head", model, head.float())
+    again = load_eagle(directory, Backbone(model))
+    assert again.layer.rope is not None
+    assert again.layer.rope.parameters == OWN_ROPE
+    assert rope_of(AutoConfig.from_pretrained(directory).to_dict(), again.layer.kind) == OWN_ROPE
+    if target != "gemma3":  # which has one of each kind of attention, and no words for that but the newest
+        assert (told(directory)["rope_theta"], told(directory)["rope_scaling"]) == (77.0, None)
+    entering = torch.randn(2, 9, head.layer.width)
+    assert torch.equal(again.layer(entering), head.layer(entering))
+    write(tmp_path / "twice", model, again)
+    files = [(tmp_path / name / "config.json").read_bytes() for name in ("head", "twice")]
+    assert files[0] == files[1]
+
+
+def test_a_head_turns_as_its_own_configuration_says(tmp_path: Path) -> None:
+    """For a target with scaled RoPE: with other scaling, with none, and without a word, which is LlamaConfig's."""
     model = saved(tmp_path / "base", rope_parameters=LLAMA3)
     directory = write(tmp_path / "head", model, some_head("eagle", model))
-    changed(directory, lambda config, tensors: config["rope_parameters"].update(factor=4.0))
-    assert "factor is 4.0 in config.json, and 8.0 in the model" in refused(directory, model)
-    changed(
-        directory, lambda config, tensors: [config.pop(key) for key in [*config] if key.startswith("rope")]
-    )
-    assert "rope_theta is 10000.0 (none is named) in config.json, and 500000.0" in refused(directory, model)
+    assert load_eagle(directory, Backbone(model)).layer.rope is None
+    other: Config = LLAMA3 | {"factor": 4.0}
+    for words, expected in (
+        ({"rope_parameters": other}, other),
+        ({"rope_theta": 500000.0}, {"rope_theta": 500000.0, "rope_type": "default"}),
+        ({}, {"rope_theta": 10000.0, "rope_type": "default"}),
+    ):
+        changed(directory, lambda config, tensors: [config.pop(key) for key in [*config] if "rope" in key])
+        changed(directory, _set(**words))
+        rope = load_eagle(directory, Backbone(model)).layer.rope
+        assert rope is not None
+        assert rope.parameters == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_on_the_normed_state_is_kept(
+    dtype: torch.dtype, base: PreTrainedModel, tmp_path: Path
+) -> None:
+    head = some_head("eagle3", base, norm_before_residual=True).float()
+    directory = write(tmp_path / "head", base, head, dtype)
+    assert told(directory)["norm_before_residual"] is True
+    again = load_eagle(directory, Backbone(base))
+    assert isinstance(again, Eagle3Head)
+    assert again.norm_before_residual
+    write(tmp_path / "twice", base, again, dtype)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "twice" / name).read_bytes() == (directory / name).read_bytes()
+    plain = load_eagle(write(tmp_path / "plain", base, some_head("eagle3", base)), Backbone(base))
+    assert isinstance(plain, Eagle3Head)
+    assert not plain.norm_before_residual
 
 
 def test_files_that_are_missing_or_damaged(base: PreTrainedModel, tmp_path: Path) -> None:

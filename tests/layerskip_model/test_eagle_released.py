@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from eval.draft_heads import drafting_strategy
 from layerskip_model.backbone import Backbone
@@ -19,7 +19,7 @@ from layerskip_model.errors import UserError
 from layerskip_model.formats.eagle import eagle_kind, load_eagle
 from layerskip_model.formats.eagle_import import import_eagle
 from layerskip_model.formats.hub import hub_files
-from tests.layerskip_model.test_eagle_format import changed, refused, saved, told
+from tests.layerskip_model.test_eagle_format import LLAMA3, changed, refused, saved, told
 from tests.layerskip_model.test_medusa_export import Spy
 
 KEPT = torch.arange(64)[torch.arange(64) % 3 != 0]  # of the target's tokens, those that EAGLE-3 says
@@ -114,18 +114,13 @@ def made(head: Any, embedded: Tensor, features: Tensor) -> tuple[Tensor, Tensor]
     return output[:, 0], head.logits(output)[:, 0]
 
 
-def check_eagle3(head: Any, tensors: dict[str, Tensor], prefix: str) -> None:
+def check_eagle3(head: Any, tensors: dict[str, Tensor], prefix: str, *, norm_first: bool = False) -> None:
     embedded, states = some(3, 32), some(3, 96)
     fused = states @ tensors["fc.weight"].T
     torch.testing.assert_close(head.features(states.chunk(3, dim=-1)), fused)
-    entering = torch.cat(
-        (
-            norm(embedded, tensors[f"{prefix}input_layernorm.weight"]),
-            norm(fused, tensors[f"{prefix}hidden_norm.weight"]),
-        ),
-        dim=-1,
-    )
-    expected = rest(entering, fused, tensors, prefix)
+    normed = norm(fused, tensors[f"{prefix}hidden_norm.weight"])
+    entering = torch.cat((norm(embedded, tensors[f"{prefix}input_layernorm.weight"]), normed), dim=-1)
+    expected = rest(entering, normed if norm_first else fused, tensors, prefix)
     output, logits = made(head, embedded, fused)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(logits, norm(expected, tensors["norm.weight"]) @ tensors["lm_head.weight"].T)
@@ -184,16 +179,17 @@ def speculators(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (outer | changes).items() if value is not None}
 
 
-def test_eagle3_of_speculators(base: PreTrainedModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_eagle3_of_speculators(norm_first: bool, base: PreTrainedModel, tmp_path: Path) -> None:
     tensors = eagle3("layers.0.")
     tensors["embed_tokens.weight"] = embedding(base)
-    directory = released(tmp_path / "head", tensors, speculators(), "model.safetensors")
+    config = speculators(norm_before_residual=norm_first)
+    directory = released(tmp_path / "head", tensors, config, "model.safetensors")
     head: Any = load_eagle(directory, Backbone(base))
     assert head.reads == (1, 3, 6)
-    check_eagle3(head, tensors, "layers.0.")
+    check_eagle3(head, tensors, "layers.0.", norm_first=norm_first)
     for change, expected in (
         ({"norm_before_residual": None}, "config.json does not say norm_before_residual"),
-        ({"norm_before_residual": True}, "norm_before_residual is true in config.json"),
         ({"speculators_model_type": "eagle"}, "EAGLE heads by speculators have names of their own"),
         (
             {"speculators_model_type": "dflash"},
@@ -202,6 +198,63 @@ def test_eagle3_of_speculators(base: PreTrainedModel, tmp_path: Path) -> None:
     ):
         (directory / "config.json").write_text(json.dumps(speculators(**change)))
         assert expected in refused(directory, base)
+
+
+def test_rope_that_speculators_nests(base: PreTrainedModel, tmp_path: Path) -> None:
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    for words in ({"rope_parameters": LLAMA3}, {"rope_theta": 500000.0, "rope_scaling": scaling}):
+        config = speculators()
+        config["transformer_layer_config"] |= words
+        place = released(tmp_path / str(len(words)), eagle3("layers.0."), config, "model.safetensors")
+        rope = load_eagle(place, Backbone(base)).layer.rope
+        assert rope is not None
+        assert rope.parameters == LLAMA3
+
+
+# The keys of the configuration that the authors train EAGLE-3 heads for Llama 3.1 with, in small.
+OF_LLAMA_31 = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 1,
+    "pad_token_id": 0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.28.1",
+    "use_cache": True,
+    "vocab_size": 64,
+    "draft_vocab_size": len(KEPT),
+}
+
+
+def test_eagle3_of_its_authors_for_a_model_with_scaled_rope(base: PreTrainedModel, tmp_path: Path) -> None:
+    """Its layer turns as if nothing were scaled: as on a model of which that is true."""
+    scaled = saved(tmp_path / "scaled", num_hidden_layers=7, rope_parameters=LLAMA3)
+    source = released(tmp_path / "head", eagle3(), OF_LLAMA_31)
+    (tmp_path / "ours").mkdir()
+    import_eagle(str(source), str(scaled.name_or_path), tmp_path / "ours")
+    plain = load_eagle(source, Backbone(base))
+    assert plain.layer.rope is None
+    entering = some(2, 100, plain.layer.width)
+    expected = plain.layer(entering)
+    for place in (source, tmp_path / "ours"):
+        head = load_eagle(place, Backbone(scaled))
+        assert torch.equal(head.layer(entering), expected)
+        head.layer.rope = None
+        assert not torch.allclose(head.layer(entering), expected, atol=1e-3)
+    assert AutoConfig.from_pretrained(tmp_path / "ours").rope_parameters == {
+        "rope_theta": 10000.0,
+        "rope_type": "default",
+    }
 
 
 def test_an_embedding_of_its_own_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:

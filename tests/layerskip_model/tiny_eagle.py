@@ -31,7 +31,9 @@ def half_of(vocab_size: int = 64) -> ReducedVocabulary:
     return ReducedVocabulary.most_frequent(counts, int(counts.sum()))
 
 
-def some_head(kind: str, model: PreTrainedModel, *, reduced: bool = False) -> Head:
+def some_head(
+    kind: str, model: PreTrainedModel, *, reduced: bool = False, norm_before_residual: bool = False
+) -> Head:
     """`kind`: eagle or eagle3."""
     backbone = Backbone(model)
     made: nn.Module
@@ -39,7 +41,7 @@ def some_head(kind: str, model: PreTrainedModel, *, reduced: bool = False) -> He
         made = EagleHead(backbone)
     else:
         vocabulary = half_of() if reduced else ReducedVocabulary.whole(64)
-        made = Eagle3Head(backbone, vocabulary, READS)
+        made = Eagle3Head(backbone, vocabulary, READS, norm_before_residual=norm_before_residual)
     head = moved(made)
     assert isinstance(head, EagleHead | Eagle3Head)
     return head

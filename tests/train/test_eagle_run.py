@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eval.draft_heads import load_eagle_draft
 from eval.target import load_target, open_run
 from layerskip_model.backbone import Backbone
 from layerskip_model.formats.eagle import load_eagle
 from layerskip_model.formats.fingerprint import fingerprint
+from layerskip_model.formats.record import read_record
 from tests.chats import PLAIN, talk
 from tests.train.data_files import write_jsonl
 from tests.train.tiny_heads import heads_values, write_base
@@ -176,6 +179,32 @@ def test_a_run_may_begin_from_an_earlier_head(
         UserError, match=rf"objective\.init_heads: .* is no head for objective\.kind: {wrong}"
     ):
         train(recipe_of(tmp_path / "wrong", text, base, wrong, earlier))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_an_earlier_head_has_of_its_own_goes_on(
+    kind: str, runs: dict[str, Path], text: Path, base: Path, tmp_path: Path
+) -> None:
+    """RoPE, and where the residual is: in what is learnt, in what is written, and in the probe."""
+    earlier = shutil.copytree(runs[kind] / "export", tmp_path / "earlier")
+    own = {"rope_theta": 50.0, "rope_type": "default"}
+    config = json.loads((earlier / "config.json").read_text())
+    changed = {key: config[key] for key in config if "rope" not in key} | {"rope_theta": 50.0}
+    if kind == "eagle3":
+        changed["norm_before_residual"] = True
+    (earlier / "config.json").write_text(json.dumps(changed))
+    objective = {"init_heads": str(earlier)}
+    run = train(recipe_of(tmp_path / "run", text, base, kind, objective, max_steps=2))
+    config = json.loads((run / "export" / "config.json").read_text())
+    assert (config["rope_parameters"], config.get("norm_before_residual")) == (
+        own,
+        True if kind == "eagle3" else None,
+    )
+    target = load_target(run=str(run))
+    assert read_record(run / "export").probe is not None
+    draft = load_eagle_draft(target, str(run))  # which says it again
+    assert draft.heads.layer.rope is not None
+    assert draft.heads.layer.rope.parameters == own
 
 
 @pytest.mark.parametrize("kind", KINDS)

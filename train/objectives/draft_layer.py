@@ -98,8 +98,7 @@ class DraftLayerObjective(DraftingObjective[Config], Generic[Config]):
         head, hidden = self.module.head, self.module.backbone.hidden_size
         states = torch.zeros(micro, length - 1, hidden)
         entering = head.features([states] * 3) if isinstance(head, Eagle3Head) else states
-        positions = torch.arange(length - 1)[None]
-        return list(unrolled(head, states, entering, positions, len(set(self.terms) & set(self.steps)) or 1))
+        return list(unrolled(head, states, entering, None, len(set(self.terms) & set(self.steps)) or 1))
 
     def write_heads(
         self, directory: Path, state: dict[str, Tensor], *, dtype: torch.dtype, base_fingerprint: str

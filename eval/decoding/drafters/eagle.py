@@ -203,8 +203,7 @@ class Eagle(HeadsDrafter):
         """See `HeadsDrafter.along`. Each guess is told the text's own tokens before it, as if all drafts were right."""
         head: EagleHead = self.settings.draft.heads
         embedded = self.runner.embed(tokens[None, 1:])
-        positions = torch.arange(len(tokens) - 1, device=tokens.device)[None]
-        steps = unrolled(head, embedded, hidden[None, :-1], positions, self.settings.draft.number)
+        steps = unrolled(head, embedded, hidden[None, :-1], None, self.settings.draft.number)
         for index, output in enumerate(steps):
             yield self.layer.logits(output[0, first : max(first, len(tokens) - 2 - index)])
 
