@@ -30,7 +30,7 @@ for heads in medusa hydra eagle eagle3; do
     train $heads
     # what is fastest on this machine, chain or tree, found once
     [ -f $runs/$heads/export/tree.json ] ||
-        python -m eval tree --run $runs/$heads --num_samples 12 --max_steps 64 --max_nodes 31
+        python -m eval tree --run $runs/$heads --num_samples 8 --max_steps 48 --max_nodes 31
 done
 strategies=(
     self_speculative # the exit and drafts that the run found best
@@ -42,7 +42,7 @@ strategies=(
     hf_generate hf_early_exit hf_prompt_lookup
 )
 if [ ! -f "$report/report.html" ]; then
-    python -m eval benchmark --run $runs/layerskip --max_steps 32 --output_dir "$report" \
+    python -m eval benchmark --run $runs/layerskip --num_samples 24 --max_steps 32 --output_dir "$report" \
         --strategies "$(IFS=,; echo "${strategies[*]}")"
 else
     cat "$report/table.txt"
