@@ -15,6 +15,7 @@ from layerskip_model.formats import hydra, medusa
 from layerskip_model.formats.fingerprint import checkpoint_directory, fingerprint
 from layerskip_model.formats.heads import HeadsWritten
 from layerskip_model.formats.huggingface import load_config, outline
+from layerskip_model.formats.record import carry_record
 
 
 class Format(NamedTuple):
@@ -43,6 +44,7 @@ def import_heads(name: str, model: str, directory: Path) -> HeadsWritten:
     of.write(directory, heads, base=model, base_fingerprint=weights)
     size = (directory / f"{of.stem}.safetensors").stat().st_size
     dtype = next(iter(heads.tensors.values())).dtype
+    carry_record(place, directory, dtype)
     return HeadsWritten(of.kind, heads.number, heads.layers, dtype, model, size, int(heads.shared))
 
 

@@ -17,6 +17,7 @@ from layerskip_model.formats.draft_model import copy_files
 from layerskip_model.formats.heads import HeadsWritten
 from layerskip_model.formats.huggingface import DTYPES
 from layerskip_model.formats.medusa import SHARED, STEM, StoredMedusa, read_medusa
+from layerskip_model.formats.record import carry_record
 
 
 def export_medusa(name: str, form: str, directory: Path, dtype: str | None = None) -> HeadsWritten:
@@ -39,6 +40,7 @@ def export_medusa(name: str, form: str, directory: Path, dtype: str | None = Non
     written = FORMS[form](directory, heads, base)
     if form == "tgi":
         _copy_tokenizer([source.directory, Path(base)], directory)
+    carry_record(source.directory, directory, heads.projection(0).dtype)
     return HeadsWritten(
         "Medusa",
         heads.number,

@@ -20,6 +20,7 @@ from layerskip_model.formats.heads import HeadsWritten
 from layerskip_model.formats.heads_import import import_heads
 from layerskip_model.formats.medusa import load_medusa
 from layerskip_model.formats.medusa_export import FORMS, export_medusa
+from layerskip_model.formats.record import RECORD_FILE, Record, write_record
 from tests.layerskip_model.test_medusa_format import saved, some_heads, write
 
 STATES = torch.randn(5, 32, generator=torch.Generator().manual_seed(7))
@@ -134,11 +135,12 @@ def test_ours_there_and_back_is_the_same_bytes(
     form: str, shared: bool, dtype: torch.dtype, base: PreTrainedModel, tmp_path: Path
 ) -> None:
     source = write(tmp_path / "heads", base, some_heads(base, shared=shared), dtype)
+    write_record(source, Record(1.75, (0.5, 0.25, 0.125)))
     export(source, form, tmp_path / "theirs")
     (tmp_path / "again").mkdir()
     written = import_heads(str(tmp_path / "theirs"), str(base.name_or_path), tmp_path / "again")
     assert (written.heads, written.layers, written.dtype) == (3, 2, dtype)
-    for name in ("medusa_lm_head.safetensors", "config.json"):
+    for name in ("medusa_lm_head.safetensors", "config.json", RECORD_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (source / name).read_bytes()
 
 
