@@ -40,9 +40,10 @@ class EagleLayer(DraftLayer):
 
     def begin(self, inputs: Tensor, position_ids: Tensor | None = None) -> tuple[Tensor, Steps]:
         """Step 0, which is `forward`, and what later steps go on from. Shapes as there."""
-        is_whole = position_ids is None
         if position_ids is None:
-            position_ids = torch.arange(inputs.shape[1], device=inputs.device)[None]
+            is_whole, position_ids = True, torch.arange(inputs.shape[1], device=inputs.device)[None]
+        else:  # looking at them is for nothing on a CPU only
+            is_whole = inputs.device.type == "cpu" and bool((position_ids.diff(dim=-1) == 1).all())
         steps = Steps(position_ids, self._window, is_whole=is_whole)
         return self(inputs, position_ids, steps), steps
 

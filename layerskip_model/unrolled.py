@@ -30,7 +30,7 @@ class Steps:
     Attributes:
         position_ids: of step 0, [batch or 1, seq]; a document begins where they do not go on by one.
         window: how many positions the layer sees, None for all.
-        is_whole: whether each row is one document.
+        is_whole: whether each row is one document, as far as is known.
         keys, values: step -> [batch, kv heads, seq, head dim].
     """
 
@@ -50,7 +50,7 @@ class Steps:
 
     @property
     def is_causal(self) -> bool:
-        """Whether every place sees all of step 0 before it, as far as is known without looking."""
+        """Whether every place sees all of step 0 before it, as far as is known."""
         return self.is_whole and self.window is None
 
     @property

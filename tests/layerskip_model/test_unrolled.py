@@ -78,17 +78,18 @@ def test_every_place_computes_what_drafting_from_it_does(
     compare(made, embedded, features, positions)
 
 
+@pytest.mark.parametrize("is_told", [False, True])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_whole_texts_are_attended_to_by_one_kernel(
-    kind: str, head: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, head: str, is_told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Outputs and gradients, where no place is hidden but those after it."""
+    """Outputs and gradients, where no place is hidden but those after it, whether or not positions say so."""
     model = tiny_model(kind)
     assert model.config.num_key_value_heads < model.config.num_attention_heads
     made, embedded, features, _ = some_inputs(kind, head, model)
     monkeypatch.delattr(unrolled_module, "_rows")  # what attends otherwise
-    compare(made, embedded, features, None)
+    compare(made, embedded, features, torch.arange(8).expand(3, -1) if is_told else None)
 
 
 @torch.no_grad()
