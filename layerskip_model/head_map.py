@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-# Of a chunk's float32 logits; about two such buffers live at once. An accelerator wants thousands of rows in a chunk, to
-# repay two reads of the weight and a read and a write of its gradient. On a CPU some hundred repay them, and more only
+# Of a chunk's float32 logits; about two such buffers live at once. An accelerator wants thousands of rows in a chunk,
+# to repay two reads of the weight and a read and a write of its gradient. On a CPU some hundred repay them; more only
 # make buffers that its caches do not hold and that it has to get anew: with a vocabulary of 2048 a step of Hydra's or
 # EAGLE-3's heads took 0.78 to 0.97 of the time with 512 rows in place of 1500; with one of 16384 a LayerSkip step took
 # 1.15 of the time with 64 rows in place of 512.
