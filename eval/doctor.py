@@ -45,7 +45,7 @@ from layerskip_model.formats.heads import heads_directory
 from layerskip_model.formats.huggingface import has_plain_weights
 from layerskip_model.formats.record import Record, read_record
 from layerskip_model.head_probe import Head
-from layerskip_model.rope import names_base, rope_of, spoken_rope
+from layerskip_model.rope import named_bases, rope_of, spoken_rope
 
 STEPS = 5  # of an EAGLE head that nobody measured
 Verdict = Literal["ok", "wrong", "unknown"]
@@ -150,7 +150,7 @@ def _rope(target: Target, config: dict[str, object]) -> Finding:
     """How the head's configuration turns positions, and how the model's does."""
     kind = target.runner.kinds[0]
     ours, theirs = rope_of(target.runner.backbone.config.to_dict(), kind), rope_of(config, kind)
-    told = spoken_rope(theirs) + ("" if names_base(config, kind) else " (none is named)")
+    told = spoken_rope(theirs) + ("" if named_bases(config, kind) else " (none is named)")
     if theirs == ours:
         return Finding("RoPE", "ok", told, "the model's")
     cause = (
@@ -225,7 +225,10 @@ def _acceptance(
     verdict: Verdict = "unknown" if few or recorded is None else "ok"
     cause = "far fewer drafts would be accepted than when they were trained" if few else ""
     if len(texts) < TEXTS:
-        cause = cause and f"{cause}, but {len(texts)} prompts tell little; give --num_samples {TEXTS} or more"
+        told_little = (
+            f"only {len(texts)} of the prompts could be used, which tells little; give {TEXTS} or more"
+        )
+        cause = f"{cause}, but {told_little}" if few else told_little if recorded is None else ""
     elif is_told_right:
         cause = cause and f"{cause}, on text that they find harder: the probe is right"
     else:

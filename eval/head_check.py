@@ -86,11 +86,11 @@ def compare(draft: EagleDraft, runner: Runner, probe: Probe) -> Agreement:
 def require_probe(draft: EagleDraft, runner: Runner, directory: Path) -> bool:
     """Refuse a head that says something else than when it was exported, as far as what lies beside it tells.
 
-    Whether anything does. Raises UserError. Quantized targets say something else themselves.
+    Whether there is a probe; quantized targets say something else themselves, and are not asked. Raises UserError.
     """
     probe = read_record(directory).probe
     if probe is None or not has_plain_weights(runner.model):
-        return False
+        return probe is not None
     found = compare(draft, runner, probe)
     if not found.is_right:
         raise UserError(

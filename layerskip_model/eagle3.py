@@ -26,12 +26,14 @@ def feature_layers(num_layers: int, given: Sequence[int] | None = None) -> tuple
 
     Raises UserError unless they are three different ones of layers 1..L-1, in order.
     """
-    layers = [2, num_layers // 2, num_layers - 3] if given is None else list(given)
+    usual = [2, num_layers // 2, num_layers - 3]
+    layers = usual if given is None else list(given)
     if len(layers) == 3 and 1 <= layers[0] < layers[1] < layers[2] < num_layers:
         return layers[0], layers[1], layers[2]
     fix = "it is too shallow for EAGLE-3; use EAGLE"
     if num_layers >= 4:
-        fix = f"give three of 1 to {num_layers - 1} in order, such as {[1, num_layers // 2, num_layers - 1]}"
+        example = usual if 2 < usual[1] < usual[2] else [1, num_layers // 2, num_layers - 1]
+        fix = f"give three of 1 to {num_layers - 1} in order, such as {example}"
     raise UserError(
         f"feature_layers: {layers} are not three different layers in order of a model of {num_layers}; {fix}"
     )

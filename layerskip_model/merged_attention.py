@@ -30,6 +30,8 @@ class MergedAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scaling: float, *own: Tensor
     ) -> Tensor:
         """See the class."""
+        # The kernel takes for granted that each head's numbers lie side by side.
+        query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
         group = query.shape[1] // keys.shape[1]
         own_keys, own_values = halves(own)
         of_shared, log_sum = _kernel(

@@ -68,9 +68,11 @@ def rope_of(config: Mapping[str, Any], attention: str) -> dict[str, Any]:
     return found
 
 
-def names_base(config: Mapping[str, Any], attention: str) -> bool:
-    """Whether a configuration names a RoPE base at all."""
-    return "rope_theta" in _told(config, attention) or config.get("rope_theta") is not None
+def named_bases(config: Mapping[str, Any], attention: str) -> list[Any]:
+    """The RoPE bases that a configuration names for layers with that kind of attention; the first one counts."""
+    told, beside = _told(config, attention), config.get("rope_theta")
+    is_of_kind = told is _told_of_all(config).get(attention)
+    return [base for base in (told.get("rope_theta"), None if is_of_kind else beside) if base is not None]
 
 
 def plain_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +99,11 @@ def spoken_rope(parameters: Mapping[str, Any]) -> str:
 
 
 def _told(config: Mapping[str, Any], attention: str) -> dict[str, Any]:
-    told = config.get("rope_parameters") or config.get("rope_scaling")
-    told = told if isinstance(told, dict) else {}
+    told = _told_of_all(config)
     of_kind = told.get(attention)
     return of_kind if isinstance(of_kind, dict) else told
+
+
+def _told_of_all(config: Mapping[str, Any]) -> dict[str, Any]:
+    told = config.get("rope_parameters") or config.get("rope_scaling")
+    return told if isinstance(told, dict) else {}

@@ -51,8 +51,9 @@ class Drawing(Rule):
         self._table = torch.from_numpy(table).to(state.length.device)  # [batch, places, 3]
         self._row = torch.arange(state.batch, device=state.length.device)[:, None]
         self._begin = torch.tensor(state.prompt_lengths).to(state.length.device)[:, None]  # [batch, 1]
-        self._ahead: tuple[Tensor, Tensor] | None = None  # see `noise_ahead`
-        self._reach = 1
+        # See `noise_ahead`: the step and its noise, and how many places the step before it and it itself wanted.
+        self._ahead: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._before, self._wanted = 0, 0
 
     def numbers(self, position: Tensor, purpose: int) -> Tensor:
         """The numbers of places in the text, [batch, n] -> [batch, n]."""
@@ -61,16 +62,18 @@ class Drawing(Rule):
     def noise_ahead(self, state: State, logits: Tensor, first: int) -> Tensor:
         """The noise of the places after nodes first, first + 1, ... of a chain, like logits [batch, m, vocab].
 
-        Drafting and verification want that of the same places, and one call for all of them takes hardly longer than
-        for one: so it is made once in a step, for as many places as any step of this decode wanted.
+        Drafting and verification want that of the same places, and of a small vocabulary one call for all of them takes
+        hardly longer than for one: so it is made once in a step, for as many places as the step before wanted.
         """
         stop = first + logits.shape[1]
-        if self._ahead is not None:
-            step, made = self._ahead
-            if step is state.length and stop <= made.shape[1] and _are_alike(made, logits):
-                return made[:, first:stop]
-        self._reach = max(self._reach, stop)
-        position = state.length + torch.arange(1, self._reach + 1, device=state.length.device)
+        step, made = self._ahead
+        if step is not state.length:
+            self._before, self._wanted, made = self._wanted, 0, None
+        self._wanted = max(self._wanted, stop)
+        if made is not None and stop <= made.shape[1] and _are_alike(made, logits):
+            return made[:, first:stop]
+        reach = max(stop, self._before)
+        position = state.length + torch.arange(1, reach + 1, device=state.length.device)
         made = gumbel_noise(self.numbers(position, OWN), logits)
         self._ahead = state.length, made
         return made[:, first:stop]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerskip_model.errors import UserError
 from layerskip_model.formats.fingerprint import WEIGHTS, checkpoint_directory
+from layerskip_model.formats.huggingface import one_line
 
 EMBEDDING = ".embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -33,7 +35,12 @@ def _stored(model: str, ending: str) -> Tensor:
     place = checkpoint_directory(model)
     files = next((found for pattern in WEIGHTS if (found := sorted(place.glob(pattern)))), [])
     for path in files:
-        tensor = _in_file(path, ending)
+        try:
+            tensor = _in_file(path, ending)
+        except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"model '{model}': {path.name} is cut short or damaged ({one_line(error):.160}); get it again"
+            ) from None
         if tensor is not None:
             return tensor
     raise UserError(

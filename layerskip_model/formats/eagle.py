@@ -159,7 +159,7 @@ def load_eagle(directory: str | Path, backbone: Backbone) -> Head:
 def read_eagle(directory: str | Path) -> StoredEagle:
     """The head in a directory as it is, ours or that of others. Raises UserError, see `load_eagle`."""
     told = files.read_config(directory, "EAGLE", ())
-    config = flat(told) if isinstance(told, dict) else {}
+    config = flat(told)
     tensors = _weights(directory)
     kind = kind_in(config) or kind_of_tensors(set(tensors))
     if kind not in NAMES:
@@ -217,7 +217,7 @@ def eagle_kind(directory: str | Path) -> str | None:
     """Which kind of head a directory has, EAGLE or EAGLE3; None where there is none that can be made out."""
     try:
         told = files.read_config(directory, "EAGLE", ())
-        config = flat(told) if isinstance(told, dict) else {}
+        config = flat(told)
         kind = kind_in(config)
         if kind is None and config.get("num_hidden_layers") == 1:
             kind = kind_of_tensors(set(_weights(directory)))

@@ -12,7 +12,16 @@ from layerskip_model.backbone import Backbone
 from layerskip_model.eagle3 import feature_layers
 from layerskip_model.errors import UserError
 from layerskip_model.formats.draft_model import first_layers
-from layerskip_model.rope import PARTIAL, STEADY, Rope, in_place_of, rope_of, rope_words, spoken_rope
+from layerskip_model.rope import (
+    PARTIAL,
+    STEADY,
+    Rope,
+    in_place_of,
+    named_bases,
+    rope_of,
+    rope_words,
+    spoken_rope,
+)
 
 EAGLE, EAGLE3 = "eagle", "eagle3"
 NAMES = {EAGLE: "EAGLE", EAGLE3: "EAGLE-3"}
@@ -56,7 +65,7 @@ def kind_in(config: Mapping[str, Any]) -> str | None:
     said = config.get("draft_head", config.get("speculators_model_type"))
     if said is not None:
         return str(said)
-    architectures = " ".join(map(str, config.get("architectures") or []))
+    architectures = str(config.get("architectures"))
     if "Eagle3" in architectures or {"eagle_config", IDS, "draft_vocab_size"} & config.keys():
         return EAGLE3
     return EAGLE if "Eagle" in architectures else None
@@ -145,6 +154,13 @@ def own_rope(
     LlamaConfig's. Raises UserError for what tables cannot be made of, or for one text alone.
     """
     told, ours = rope_of(config, attention), rope_of(backbone.config.to_dict(), attention)
+    bases = named_bases(config, attention)
+    if any(base != bases[0] for base in bases):
+        raise refusal(
+            directory,
+            f"config.json names two RoPE bases, {bases[0]} in rope_parameters or rope_scaling and {bases[1]} as "
+            "rope_theta; write the same into both",
+        )
     if told == ours:
         return None
     here, place = torch.empty(0, device="cpu"), torch.ones(1, 1, dtype=torch.long, device="cpu")

@@ -97,8 +97,10 @@ def read_config(directory: str | Path, what: str, counts: Sequence[str]) -> dict
         raise UserError(
             f"heads '{directory}': {CONFIG_FILE} is damaged ({error}); export them again"
         ) from None
+    if not isinstance(config, dict):
+        raise UserError(f"heads '{directory}': {CONFIG_FILE} is damaged (no object); export them again")
     for key in counts:
-        value = config.get(key) if isinstance(config, dict) else None
+        value = config.get(key)
         if not isinstance(value, int) or value < 1:
             raise UserError(
                 f"heads '{directory}': {key} is {value!r} in {CONFIG_FILE}; these are no {what} heads"

@@ -50,7 +50,7 @@ def import_heads(name: str, model: str, directory: Path) -> HeadsWritten:
 
 def _is_hydra(directory: Path) -> bool:
     config = files.read_config(directory, "Medusa or Hydra", ())
-    return isinstance(config, dict) and hydra.COUNTS[0] in config
+    return hydra.COUNTS[0] in config
 
 
 def _medusa(directory: Path) -> medusa.StoredMedusa:

@@ -13,7 +13,7 @@ import torch
 
 from layerskip_model.errors import UserError
 from layerskip_model.formats.huggingface import DTYPES
-from layerskip_model.head_probe import Probe
+from layerskip_model.head_probe import STEPS, Probe
 
 RECORD_FILE = "recorded.json"
 AGREEMENT = re.compile(r"(?:head|step)_(\d+)/agreement")  # as training logs it
@@ -83,6 +83,8 @@ def _record(content: dict[str, Any]) -> Record:
     length, probe = content["acceptance_length"], content["probe"]
     if probe is not None:
         probe = Probe(list(map(int, probe["tokens"])), probe["log_probs"], str(probe["dtype"]))
+        if probe.dtype not in DTYPES or len(probe.log_probs) != STEPS:
+            raise ValueError("its probe has another dtype or other steps than probes have")
         for step, values in enumerate(probe.log_probs):
             if len(values) != len(probe.tokens) - 2 - step or not all(map(math.isfinite, values)):
                 raise ValueError(f"step {step} of the probe is not whole")

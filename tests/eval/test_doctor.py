@@ -192,7 +192,12 @@ def test_the_models_own_text_names_a_mistake(
     ("probe", "samples", "verdict", "said"),
     [
         (False, "4", "wrong", "than when they were trained"),
-        (False, "3", "unknown", "3 prompts tell little; give --num_samples 4 or more"),
+        (
+            False,
+            "3",
+            "unknown",
+            "but only 3 of the prompts could be used, which tells little; give 4 or more",
+        ),
         (True, "4", "unknown", "on text that they find harder: the probe is right"),
     ],
 )

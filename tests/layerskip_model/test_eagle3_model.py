@@ -289,7 +289,7 @@ def test_the_layers_read_by_default_are_the_papers() -> None:
             "[2, 2, 1] are not three different layers in order of a model of 4; give three of 1 to 3 in order",
         ),
         (3, None, "too shallow for EAGLE-3; use EAGLE"),
-        (12, [3, 3, 9], "such as [1, 6, 11]"),
+        (12, [3, 3, 9], "such as [2, 6, 9]"),
         (12, [0, 3, 9], "give three of 1 to 11"),
         (12, [3, 6, 12], "give three of 1 to 11"),
         (12, [3, 6], "[3, 6] are not three different layers"),

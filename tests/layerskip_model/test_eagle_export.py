@@ -273,3 +273,16 @@ def test_the_commands_that_load_it(
             app(["export", "--to", form, source, str(tmp_path / "no")], standalone_mode=False)
     with pytest.raises(UserError, match="are no EAGLE head; give one of medusa, tgi, vllm"):
         app(["export", "--to", "sglang", str(tmp_path), str(tmp_path / "no")], standalone_mode=False)
+
+
+@pytest.mark.parametrize("suffix", ["model.safetensors", "pytorch_model.bin"])
+def test_a_model_that_is_cut_short_is_named(suffix: str, tmp_path: Path) -> None:
+    """Whose embedding goes along."""
+    model = saved(tmp_path / "base")
+    source = write(tmp_path / "head", model, some_head("eagle", model))
+    path = tmp_path / "base" / "model.safetensors"
+    half = path.read_bytes()[: path.stat().st_size // 2]
+    path.unlink()
+    (path.parent / suffix).write_bytes(half)
+    with pytest.raises(UserError, match=rf"base': {suffix} is cut short or damaged"):
+        export(source, "eagle", tmp_path / "out")

@@ -197,12 +197,16 @@ BOTH: list[tuple[Callable[[Config, Tensors], Any], str]] = [
         "rope_type round in config.json has no tables (KeyError: 'round')",
     ),
     (
-        _set(rope_parameters={"rope_theta": "much"}),
+        _set(rope_parameters={"rope_theta": "much"}, rope_theta="much"),
         "RoPE of base 'much', rope_type default in config.json has no tables",
     ),
     (
-        _set(rope_parameters={"rope_theta": -1.0}),
+        _set(rope_parameters={"rope_theta": -1.0}, rope_theta=-1.0),
         "RoPE of base -1, rope_type default in config.json has no tables",
+    ),
+    (
+        _set(rope_theta=1e6),
+        "config.json names two RoPE bases, 10000.0 in rope_parameters or rope_scaling and 1000000.0",
     ),
 ]
 
@@ -324,6 +328,8 @@ def test_files_that_are_missing_or_damaged(base: PreTrainedModel, tmp_path: Path
     assert "pytorch_model.bin is no plain state_dict" in refused(directory, base)
     config.write_text(words[:20])
     assert "config.json is damaged" in refused(directory, base)
+    (directory / "config.json").write_text("[1, 2]")
+    assert "config.json is damaged (no object)" in refused(directory, base)
     config.unlink()
     assert "no config.json in it" in refused(directory, base)
     assert eagle_kind(directory) is None

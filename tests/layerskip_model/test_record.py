@@ -87,6 +87,8 @@ def test_it_is_made_of_the_last_metrics() -> None:
         lambda whole: whole.replace(", -0.25", ""),
         lambda whole: whole.replace('"agreement"', '"other"'),
         lambda whole: whole.replace("[-2.0]", "3"),
+        lambda whole: whole.replace("bfloat16", "float8"),
+        lambda whole: whole.replace(", [-2.0]]", "]"),
     ],
 )
 def test_a_damaged_one_is_refused(tmp_path: Path, damage: object) -> None:

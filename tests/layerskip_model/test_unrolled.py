@@ -15,6 +15,7 @@ from layerskip_model import unrolled as unrolled_module
 from layerskip_model.backbone import Backbone
 from layerskip_model.eagle import unrolled
 from layerskip_model.layer_runner import LayerRunner
+from layerskip_model.merged_attention import MergedAttention
 from layerskip_model.runner import attention_kinds
 from tests.layerskip_model.small import TOLERANCE
 from tests.layerskip_model.tiny_eagle import Head, packed_batch, some_head
@@ -90,6 +91,15 @@ def test_whole_texts_are_attended_to_by_one_kernel(
     made, embedded, features, _ = some_inputs(kind, head, model)
     monkeypatch.delattr(unrolled_module, "_rows")  # what attends otherwise
     compare(made, embedded, features, torch.arange(8).expand(3, -1) if is_told else None)
+
+
+def test_that_kernel_takes_any_layout() -> None:
+    """Keys, values and queries whose heads' numbers lie apart."""
+    generator = torch.Generator().manual_seed(0)
+    parts = torch.randn(5, 1, 2, 8, 16, dtype=torch.float64, generator=generator)
+    expected = MergedAttention.apply(*parts[:3], 0.3, *parts[3:])
+    apart = [part.mT.contiguous().mT for part in parts]
+    torch.testing.assert_close(MergedAttention.apply(*apart[:3], 0.3, *apart[3:]), expected)
 
 
 @torch.no_grad()

@@ -302,7 +302,7 @@ def test_a_row_that_nothing_can_follow_is_an_error_unless_it_has_ended(value: fl
 
 
 def test_a_step_makes_the_noise_of_its_places_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks first, and for as many places as an earlier step wanted; the next step makes its own."""
+    """Whoever asks first, and for as many places as the step before wanted; the next step makes its own."""
     made: list[int] = []
 
     def counting(numbers: Tensor, like: Tensor) -> Tensor:
@@ -312,7 +312,7 @@ def test_a_step_makes_the_noise_of_its_places_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sampling, "gumbel_noise", counting)
     rule, state, generator = Sampling(Shaping({}, (), 50), seed=3), stub_state(2, 20), torch.Generator()
     rule.begin(state)
-    for committed, reach in ((0, 4), (3, 4), (5, 6)):
+    for committed, reach in ((0, 4), (3, 4), (5, 6), (9, 1), (10, 1)):
         state.length = torch.tensor([[committed], [committed + 2]])
         tokens = [torch.zeros((2, 1), dtype=torch.int64)]
         logits = torch.randn((2, reach, 50), generator=generator)
@@ -323,7 +323,7 @@ def test_a_step_makes_the_noise_of_its_places_once(monkeypatch: pytest.MonkeyPat
         draft = chain(torch.cat(tokens, dim=1), None)
         assert draft.tokens[:, 1:].tolist() == wanted[:, :-1].tolist()
         assert rule.own(state, logits, draft).tolist() == wanted.tolist()
-    assert made == [1, 2, 3, 4, 4, 4, 5, 6]
+    assert made == [1, 2, 3, 4, 4, 4, 5, 6, 6, 1]
 
 
 SETTINGS: list[dict[str, Any]] = [
