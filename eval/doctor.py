@@ -207,11 +207,7 @@ def _acceptance(
     *,
     is_told_right: bool = False,
 ) -> list[Finding]:
-    """How many drafts the target's own text would accept, against what was recorded, and why so few.
-
-    Few texts tell little, as weak heads are helped by many a mistake on some of them; and where the probe shows that
-    heads are told what they were in training, it is the text that is harder.
-    """
+    """How many drafts the target's own text would accept, against what was recorded, and why so few."""
     check, recorded = "acceptance length", record.acceptance_length
     told = "not recorded" if recorded is None else f"{recorded:.2f} in training"
     if request.dataset == HELDOUT and target.run is None:
@@ -221,26 +217,39 @@ def _acceptance(
     length = acceptance_length(seen)
     if length is None:
         return [Finding(check, "unknown", "-", f"{told}; every continuation is too short")]
-    few = recorded is not None and is_far(length, recorded)
-    verdict: Verdict = "unknown" if few or recorded is None else "ok"
-    cause = "far fewer drafts would be accepted than when they were trained" if few else ""
-    if len(texts) < TEXTS:
-        told_little = (
-            f"only {len(texts)} of the prompts could be used, which tells little; give {TEXTS} or more"
-        )
-        cause = f"{cause}, but {told_little}" if few else told_little if recorded is None else ""
-    elif is_told_right:
-        cause = cause and f"{cause}, on text that they find harder: the probe is right"
-    else:
-        reason = explain(texts) if explain is not None and (few or recorded is None) else None
-        if reason is not None:
-            cause = (
-                f"with {reason.mistake.name} it would be {reason.length:.2f} where it is {reason.before:.2f}"
-            )
-        verdict = "wrong" if few or reason is not None else verdict
+    verdict, cause = _judged(length, recorded, texts, explain, is_told_right=is_told_right)
     agreement = " ".join(f"{share:.0%}" for share in record.agreement)
     right = " ".join(f"{share:.0%}" for share in shares(seen))
     return [
         Finding("right in each step", "ok" if agreement else "unknown", right, agreement or "not recorded"),
         Finding(check, verdict, f"{length:.2f}", told, cause),
     ]
+
+
+def _judged(
+    length: float,
+    recorded: float | None,
+    texts: list[Text],
+    explain: Callable[[list[Text]], Explanation | None] | None,
+    *,
+    is_told_right: bool,
+) -> tuple[Verdict, str]:
+    """Whether so few drafts mean a mistake, and the cause.
+
+    Few texts tell little, as weak heads are helped by many a mistake on some of them; and where the probe shows that
+    heads are told what they were in training, it is the text that is harder.
+    """
+    few = recorded is not None and is_far(length, recorded)
+    if recorded is not None and not few:
+        return "ok", ""
+    cause = "far fewer drafts would be accepted than when they were trained" if few else ""
+    if len(texts) < TEXTS:
+        little = f"only {len(texts)} of the prompts could be used, which tells little; give {TEXTS} or more"
+        return "unknown", f"{cause}, but {little}" if few else little
+    if is_told_right:
+        return "unknown", f"{cause}, on text that they find harder: the probe is right" if few else ""
+    reason = explain(texts) if explain is not None else None
+    if reason is not None:
+        better = f"with {reason.mistake.name} it would be {reason.length:.2f} where it is {reason.before:.2f}"
+        return "wrong", better
+    return "wrong" if few else "unknown", cause

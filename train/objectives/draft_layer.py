@@ -162,12 +162,11 @@ def check_recipe(recipe: Any, config: Any) -> None:
 
 def earlier_head(config: DraftLayerConfig, backbone: Backbone, kind: type[Head]) -> Head:
     """The head that `init_heads` names. Raises UserError where it is none of that kind."""
+    place = place_of_earlier(config)
     try:
-        head = load_eagle(place_of_earlier(config), backbone)
+        head = load_eagle(place, backbone)
     except UserError as error:
-        raise UserError(
-            f"objective.init_heads: {str(error).removeprefix('objective.init_heads: ')}"
-        ) from None
+        raise UserError(f"objective.init_heads: {error}") from None
     if not isinstance(head, kind):
         raise UserError(
             f"objective.init_heads: '{config.init_heads}' is no head for objective.kind: {config.kind}; name another"
